@@ -1,0 +1,167 @@
+"""What each query may see, as ranges: O(T) integers in place of a [T, S] array.
+
+Every mask here is an intersection of up to three conditions on query t and key s:
+
+    causal      s ≤ t
+    window      t − left ≤ s ≤ t + right
+    segments    query_ids[t] == key_ids[s]
+
+The first two are affine in t, so they cost nothing to keep. The third is looked up once: for each query the first and the
+last key that carries its id. A kernel reduces these rows to the tiles it walks; whatever lies inside a live tile and is
+still forbidden, it hides element by element with `visible`.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+__all__ = ["Mask", "Window", "make_mask", "normalize_window"]
+
+type Window = int | tuple[int, int] | None
+type Segments = Array | tuple[Array, Array] | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mask:
+    """A prepared mask, handed to attention as `mask=` so that all layers of a step share its lookup.
+
+    Built by `make_mask`. `key_range` holds, for each query, the half-open range of keys that carry its segment id (before
+    causality and window), `query_range` the same for each key; both are None without segments.
+    """
+
+    query_length: int = dataclasses.field(metadata={"static": True})
+    key_length: int = dataclasses.field(metadata={"static": True})
+    is_causal: bool = dataclasses.field(metadata={"static": True})
+    window: tuple[int, int] | None = dataclasses.field(metadata={"static": True})
+    query_ids: Array | None = None  # [B, T] int32
+    key_ids: Array | None = None  # [B, S] int32
+    key_range: tuple[Array, Array] | None = None  # two of [B, T] int32
+    query_range: tuple[Array, Array] | None = None  # two of [B, S] int32
+
+    def visible(self, t: Array, s: Array) -> Array:
+        """May query t see key s? Indices broadcast against each other; answers [B or 1, …], out-of-range keys are hidden.
+
+        `t` is [bq, 1] and `s` is [1, bk] in the kernels; indices past the end are allowed.
+        """
+        ok = (s < self.key_length) & (t < self.query_length)
+        if self.is_causal:
+            ok &= s <= t
+        if self.window is not None:
+            left, right = self.window
+            ok &= (s >= t - left) & (s <= t + right)
+        ok = ok[None]
+        if self.query_ids is not None and self.key_ids is not None:
+            query = self.query_ids.at[:, t].get(mode="fill", fill_value=0)
+            key = self.key_ids.at[:, s].get(mode="fill", fill_value=0)
+            ok = ok & (query == key)
+        return ok
+
+    def live_keys(self) -> tuple[Array, Array]:
+        """For each query the half-open range that holds all keys it sees: two of [B or 1, T] int32."""
+        t = jnp.arange(self.query_length, dtype=jnp.int32)[None]
+        left, right = self._reach(self.key_length, self.query_length)
+        first, end = jnp.maximum(t - left, 0), jnp.minimum(t + right + 1, self.key_length)
+        return _intersect((first, end), self.key_range)
+
+    def live_queries(self) -> tuple[Array, Array]:
+        """For each key the half-open range that holds all queries which see it: two of [B or 1, S] int32."""
+        s = jnp.arange(self.key_length, dtype=jnp.int32)[None]
+        left, right = self._reach(self.key_length, self.query_length)
+        first, end = jnp.maximum(s - right, 0), jnp.minimum(s + left + 1, self.query_length)
+        return _intersect((first, end), self.query_range)
+
+    def _reach(self, keys: int, queries: int) -> tuple[int, int]:
+        """How far left and right of itself a query sees."""
+        left, right = self.window or (queries, keys)
+        return min(left, queries), min(right, 0 if self.is_causal else keys)
+
+
+def make_mask(
+    query_length: int,
+    key_length: int | None = None,
+    *,
+    is_causal: bool = False,
+    local_window_size: Window = None,
+    segment_ids: Segments = None,
+) -> Mask:
+    """Prepare a mask once, for every layer that uses it.
+
+    Args:
+      query_length: T.
+      key_length: S; T by default.
+      is_causal: query t sees keys s ≤ t, both counted from 0 (as in `jax.nn.dot_product_attention`).
+      local_window_size: `(left, right)`, or one number for both: t sees t − left ≤ s ≤ t + right.
+      segment_ids: integers [B, T], or a pair ([B, T], [B, S]); a query sees the keys that carry its id.
+
+    Raises:
+      ValueError: a window that is negative, or ids whose shapes do not match T and S.
+    """
+    key_length = query_length if key_length is None else key_length
+    window = normalize_window(local_window_size)
+    if segment_ids is None:
+        return Mask(query_length=query_length, key_length=key_length, is_causal=is_causal, window=window)
+    query_ids, key_ids = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
+    for ids, length, letter in ((query_ids, query_length, "T"), (key_ids, key_length, "S")):
+        if ids.ndim != 2 or ids.shape[1] != length or not jnp.issubdtype(ids.dtype, jnp.integer):
+            raise ValueError(
+                f"segment_ids is {ids.dtype}{list(ids.shape)}; it must be integers [B, {letter}] with {letter} = {length}. "
+                "Where T and S differ, pass a pair (query_ids [B, T], key_ids [B, S])."
+            )
+    query_ids, key_ids = query_ids.astype(jnp.int32), key_ids.astype(jnp.int32)
+    return Mask(
+        query_length=query_length,
+        key_length=key_length,
+        is_causal=is_causal,
+        window=window,
+        query_ids=query_ids,
+        key_ids=key_ids,
+        key_range=_range_of(query_ids, key_ids),
+        query_range=_range_of(key_ids, query_ids),
+    )
+
+
+def normalize_window(window: Window) -> tuple[int, int] | None:
+    """`(left, right)` from an int, a pair or None."""
+    if window is None:
+        return None
+    left, right = (window, window) if isinstance(window, int) else window
+    if left < 0 or right < 0:
+        raise ValueError(
+            f"local_window_size is {window}; both sides must be ≥ 0 (0 sees only itself). Leave it out for no window."
+        )
+    return int(left), int(right)
+
+
+def tile_range(first: Array, end: Array, tile: int, step: int) -> tuple[Array, Array]:
+    """Reduce rows to tiles: for each run of `tile` rows the half-open range of `step`-wide tiles that any of them needs.
+
+    `first`, `end` are [B or 1, rows] int32; answers two of [ceil(rows / tile)] int32, the union over the batch. A run in
+    which no row sees anything gets an empty range.
+    """
+    empty = first >= end
+    big = jnp.iinfo(jnp.int32).max
+    pad = -first.shape[1] % tile
+    lo = jnp.pad(jnp.where(empty, big, first).min(0), (0, pad), constant_values=big).reshape(-1, tile).min(1)
+    hi = jnp.pad(jnp.where(empty, 0, end).max(0), (0, pad)).reshape(-1, tile).max(1)
+    return jnp.where(hi > 0, lo // step, 0), -(-hi // step)
+
+
+def _range_of(ids: Array, among: Array) -> tuple[Array, Array]:
+    """For each of `ids` [B, n], the half-open range from its first to its last occurrence in `among` [B, m]."""
+
+    def one(ids: Array, among: Array) -> tuple[Array, Array]:
+        order = jnp.argsort(among, stable=True).astype(jnp.int32)
+        ranked = among[order]
+        left, right = jnp.searchsorted(ranked, ids, side="left"), jnp.searchsorted(ranked, ids, side="right")
+        first = order.at[left].get(mode="fill", fill_value=0)
+        last = order.at[jnp.maximum(right - 1, 0)].get(mode="fill", fill_value=0)
+        return jnp.where(left < right, first, 0), jnp.where(left < right, last + 1, 0)
+
+    return jax.vmap(one)(ids, among)
+
+
+def _intersect(a: tuple[Array, Array], b: tuple[Array, Array] | None) -> tuple[Array, Array]:
+    return a if b is None else (jnp.maximum(a[0], b[0]), jnp.minimum(a[1], b[1]))

@@ -1,0 +1,139 @@
+"""Saving and restoring a run's state with Orbax, onto any mesh, and finding damage before it does harm.
+
+Orbax writes arrays by global index, so what was saved on one mesh restores onto every other. It does not notice a flipped
+bit in array data, so each finished save gets a manifest with the CRC-32 of every file; a save that no longer matches is moved
+aside, named, and the one before it used.
+"""
+
+import json
+import logging
+import zlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+__all__ = ["Checkpoints", "damage"]
+
+MANIFEST = "manifest.json"
+_log = logging.getLogger(__name__)
+
+type Tree = Any
+
+
+class Checkpoints:
+    """The saves of one run, in one folder; a context manager that finishes what is being written.
+
+    Args:
+      folder: absolute or relative path; made if it is not there.
+      keep: how many saves to keep, newest first.
+    """
+
+    def __init__(self, folder: Path, *, keep: int):
+        self.folder = Path(folder).absolute()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+        self._manager = ocp.CheckpointManager(self.folder, options=self._options)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    @property
+    def latest(self) -> int | None:
+        """The newest step saved, good or not."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Tree) -> None:
+        """Save in the background; returns once the state is copied off the devices. A step already saved is left alone."""
+        if step in self._manager.all_steps():
+            return
+        self.wait()
+        self._manager.save(step, args=ocp.args.StandardSave(state), force=True)
+
+    def wait(self) -> None:
+        """Finish what is being written, and sign it."""
+        self._manager.wait_until_finished()
+        if jax.process_index() == 0:
+            for step in self._manager.all_steps():
+                manifest = self.folder / str(step) / MANIFEST
+                if manifest.parent.is_dir() and not manifest.exists():
+                    manifest.write_text(json.dumps(_checksums(manifest.parent)))
+
+    def restore(self, like: Tree) -> tuple[int, Tree] | None:
+        """The newest undamaged save, laid out as `like`: a tree of `jax.ShapeDtypeStruct` with shardings.
+
+        Returns:
+          (step, state), or None where nothing was ever saved.
+
+        Raises:
+          ValueError: saves are there, but all are damaged; they stay in the folder under damaged names.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step in steps:
+            problem = self._agree(damage(self.folder / str(step)) if jax.process_index() == 0 else None)
+            if problem is None:
+                return step, self._manager.restore(step, args=ocp.args.StandardRestore(like))
+            self._set_aside(step, problem)
+        if steps:
+            raise ValueError(
+                f"every checkpoint in {self.folder} is damaged (steps {', '.join(map(str, steps))}); they were renamed to "
+                "damaged-STEP. Restore one from a backup, or start again with another --out."
+            )
+        return None
+
+    def close(self) -> None:
+        """Finish and let go of the folder."""
+        self.wait()
+        self._manager.close()
+
+    def _set_aside(self, step: int, problem: str) -> None:
+        _log.warning("checkpoint %d is damaged (%s); using the one before it", step, problem)
+        self._manager.close()
+        if jax.process_index() == 0:
+            (self.folder / str(step)).rename(self.folder / f"damaged-{step}")
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("checkpoint set aside")
+        self._manager = ocp.CheckpointManager(self.folder, options=self._options)
+
+    @staticmethod
+    def _agree(problem: str | None) -> str | None:
+        """Process 0's finding, on every process."""
+        if jax.process_count() == 1:
+            return problem
+        bad = bool(multihost_utils.broadcast_one_to_all(problem is not None))
+        return (problem or "found by process 0") if bad else None
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a saved step's files, in words; None if they match their manifest, or were never signed."""
+    manifest = folder / MANIFEST
+    if not manifest.exists():
+        return None
+    try:
+        expected = json.loads(manifest.read_text())
+    except ValueError:
+        return f"{MANIFEST} is unreadable"
+    found = _checksums(folder)
+    for name, (size, checksum) in expected.items():
+        if name not in found:
+            return f"file {name} is missing"
+        if found[name] != [size, checksum]:
+            return f"file {name} does not match its checksum"
+    return None
+
+
+def _checksums(folder: Path) -> dict[str, list[int]]:
+    """Size and CRC-32 of every file below `folder`."""
+    sums = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
+        checksum = 0
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 22):
+                checksum = zlib.crc32(chunk, checksum)
+        sums[str(path.relative_to(folder))] = [path.stat().st_size, checksum]
+    return sums

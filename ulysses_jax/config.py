@@ -1,0 +1,280 @@
+"""What a run is, as frozen dataclasses; every rule of divisibility lives here, once.
+
+A `TrainConfig` built is a config that can run: the rules are checked when it is made, before anything compiles.
+"""
+
+import dataclasses
+from typing import Literal
+
+__all__ = [
+    "CheckpointConfig",
+    "DataConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "RopeScaling",
+    "TrainConfig",
+    "to_dict",
+]
+
+type Remat = Literal["none", "attention", "full"]
+type Dtype = Literal["bfloat16", "float32"]
+type Implementation = Literal["cudnn", "xla", "reference"]
+
+
+def _at_least(name: str, value: float, least: float) -> None:
+    if value < least:
+        raise ValueError(f"{name} is {value}; it must be at least {least}.")
+
+
+def _one_of(name: str, value: object, choices) -> None:
+    choices = getattr(choices, "__value__", choices).__args__
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(str, choices))}.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """Llama 3's stretch of RoPE (Llama 3.1 model card): low frequencies are divided by `factor`, high ones kept.
+
+    Wavelengths beyond `original_length / low_freq_factor` tokens are stretched whole, those under
+    `original_length / high_freq_factor` not at all, and those between by linear interpolation.
+    """
+
+    factor: float = 8.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_length: int = 8192
+
+    def __post_init__(self):
+        _at_least("rope_scaling.factor", self.factor, 1)
+        if not 0 < self.low_freq_factor < self.high_freq_factor:
+            raise ValueError(
+                f"rope_scaling has low_freq_factor {self.low_freq_factor} and high_freq_factor {self.high_freq_factor}; "
+                "0 < low < high is required. Llama 3.1 uses 1 and 4."
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The shape of a Transformer: decoder-only and causal, or bidirectional."""
+
+    vocab_size: int
+    """V, rows of the embedding"""
+    num_layers: int
+    """L"""
+    embed_dim: int
+    """D, the model's width"""
+    num_heads: int
+    """N, query heads"""
+    num_kv_heads: int
+    """K, key/value heads; divides N"""
+    head_dim: int
+    """H"""
+    mlp_dim: int
+    """F, the MLP's hidden width"""
+    is_causal: bool = True
+    """false: bidirectional, trained on masked tokens"""
+    rope_theta: float = 10_000.0
+    """base of the rotary embedding's wavelengths"""
+    rope_scaling: RopeScaling | None = None
+    """Llama 3's stretch for longer contexts"""
+    local_window_size: int | None = None
+    """a query sees this many tokens to its left (and right, if bidirectional); all by default"""
+    logits_soft_cap: float | None = None
+    """c of c·tanh(logits / c) inside attention"""
+    qk_norm: bool = False
+    """RMSNorm on queries and keys, a head at a time"""
+    projection_bias: bool = False
+    """biases on the Q, K and V projections"""
+    tie_embeddings: bool = False
+    """one matrix for embedding and output"""
+    norm_eps: float = 1e-5
+    """ε of RMSNorm"""
+    dtype: Dtype = "bfloat16"
+    """of activations and of the weights as used; parameters are float32"""
+    remat: Remat = "full"
+    """what the backward recomputes: nothing, all but attention, or whole layers"""
+
+    def __post_init__(self):
+        for name in ("vocab_size", "num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"):
+            _at_least(f"model.{name}", getattr(self, name), 1)
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"model.num_kv_heads is {self.num_kv_heads}; it must divide model.num_heads = {self.num_heads}, "
+                "so that each KV head serves as many query heads."
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"model.head_dim is {self.head_dim}; it must be even, because RoPE turns pairs.")
+        _one_of("model.remat", self.remat, Remat)
+        _one_of("model.dtype", self.dtype, Dtype)
+        if self.local_window_size is not None:
+            _at_least("model.local_window_size", self.local_window_size, 0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices along the batch (`data`) and along the sequence (`seq`, the Ulysses degree P)."""
+
+    data: int = 1
+    """devices along the batch"""
+    seq: int = 1
+    """devices along the sequence, the Ulysses degree"""
+
+    def __post_init__(self):
+        _at_least("mesh.data", self.data, 1)
+        _at_least("mesh.seq", self.seq, 1)
+
+    @property
+    def size(self) -> int:
+        return self.data * self.seq
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where tokens come from and how they are batched."""
+
+    source: str = "stdlib"
+    """"stdlib" (Python's own source, as bytes), a folder of text files, or .npy/.bin files of uint16/uint32 tokens"""
+    seq_len: int = 2048
+    """T, tokens of a sequence"""
+    batch_size: int = 8
+    """B, sequences of a step, over all devices and accumulation"""
+    pattern: str = "**/*"
+    """which files of a text folder (hidden ones never)"""
+    token_dtype: Literal["uint16", "uint32"] = "uint16"
+    """of .bin files, which do not say it themselves"""
+    end_of_document: int | None = None
+    """the token id that ends a document in pre-tokenised arrays; a file is one document by default"""
+    mask_documents: bool = True
+    """tokens see only their own document"""
+    held_out: float = 0.05
+    """fraction of files kept for evaluation"""
+    mask_rate: float = 0.15
+    """bidirectional models: fraction of tokens to predict"""
+    seed: int = 0
+    """order of documents and rows"""
+
+    def __post_init__(self):
+        _at_least("data.seq_len", self.seq_len, 2)
+        _at_least("data.batch_size", self.batch_size, 1)
+        for name in ("held_out", "mask_rate"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"data.{name} is {getattr(self, name)}; it is a fraction and must lie between 0 and 1.")
+        _one_of("data.token_dtype", self.token_dtype, Literal["uint16", "uint32"])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW (arXiv 1711.05101) on a cosine schedule with linear warm-up, gradients clipped by their global norm."""
+
+    learning_rate: float = 3e-4
+    """at the schedule's peak"""
+    final_fraction: float = 0.1
+    """of the peak, where the cosine ends"""
+    warmup_steps: int = 20
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    """on matrices only"""
+    clip_norm: float = 1.0
+    """largest global norm of the gradient"""
+
+    def __post_init__(self):
+        for name in ("learning_rate", "eps", "clip_norm"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must be > 0.")
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must be in [0, 1).")
+        _at_least("optimizer.warmup_steps", self.warmup_steps, 0)
+        _at_least("optimizer.weight_decay", self.weight_decay, 0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When the state is saved, and which saves are kept."""
+
+    every: int = 100
+    """steps between saves; the last step is always saved"""
+    keep: int = 2
+    """saves kept, newest first"""
+
+    def __post_init__(self):
+        _at_least("checkpoint.every", self.every, 1)
+        _at_least("checkpoint.keep", self.keep, 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A whole run."""
+
+    model: ModelConfig
+    mesh: MeshConfig = MeshConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    zero_stage: int = 3
+    """0: replicate; 1: divide the optimizer's state over all devices; 2: gradients too; 3: parameters too"""
+    steps: int = 1000
+    accumulation: int = 1
+    """micro-batches a step, one after the other"""
+    implementation: Implementation | None = None
+    """of attention; chosen by the hardware by default"""
+    loss_tile: int = 1024
+    """tokens whose logits exist at one time"""
+    log_every: int = 10
+    eval_every: int = 0
+    """steps between evaluations; 0: only at the end"""
+    eval_batches: int = 4
+    seed: int = 0
+    """of the parameters' initial values"""
+    tensorboard: bool = False
+    """also write TensorBoard events (extra: tracking)"""
+    wandb: str | None = None
+    """also log to this Weights & Biases project (extra: tracking)"""
+
+    def __post_init__(self):
+        for name in ("steps", "accumulation", "loss_tile", "log_every", "eval_batches"):
+            _at_least(name, getattr(self, name), 1)
+        _at_least("eval_every", self.eval_every, 0)
+        if self.zero_stage not in (0, 1, 2, 3):
+            raise ValueError(f"zero_stage is {self.zero_stage}; it must be 0, 1, 2 or 3.")
+        if self.implementation is not None:
+            _one_of("implementation", self.implementation, Implementation)
+        if self.data.seq_len % self.mesh.seq:
+            raise ValueError(
+                f"data.seq_len is {self.data.seq_len}; it must be a multiple of mesh.seq = {self.mesh.seq}. "
+                f"The nearest above is {-(-self.data.seq_len // self.mesh.seq) * self.mesh.seq}."
+            )
+        rows = self.mesh.data * self.accumulation
+        if self.data.batch_size % rows:
+            raise ValueError(
+                f"data.batch_size is {self.data.batch_size}; it must be a multiple of mesh.data × accumulation = "
+                f"{self.mesh.data} × {self.accumulation}. The nearest above is {-(-self.data.batch_size // rows) * rows}."
+            )
+        check_degree(self.model.num_heads, self.model.num_kv_heads, self.mesh.seq, "seq")
+
+
+def check_degree(heads: int, kv_heads: int, degree: int, axis: str) -> None:
+    """Refuse head counts that cannot be dealt out evenly over `degree` devices.
+
+    Raises:
+      ValueError: P does not divide N, or K and P do not divide each other.
+    """
+    if heads % degree:
+        raise ValueError(
+            f"N = {heads} query heads cannot be divided over P = {degree} devices of axis {axis!r}; P must divide N. "
+            f"Use a degree among {[p for p in range(1, heads + 1) if heads % p == 0]}."
+        )
+    if kv_heads % degree and degree % kv_heads:
+        raise ValueError(
+            f"K = {kv_heads} KV heads cannot be dealt over P = {degree} devices of axis {axis!r}; K must be a multiple or a "
+            f"divisor of P. Use another degree, or repeat the KV heads to {heads}."
+        )
+
+
+def to_dict(config) -> dict:
+    """A config as plain nested dicts, for `config.json`."""
+    return dataclasses.asdict(config)

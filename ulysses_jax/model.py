@@ -1,0 +1,232 @@
+"""A Transformer of today's kind, written for one device: RMSNorm, RoPE, grouped-query attention, SwiGLU.
+
+It knows no mesh. Parallelism is handed to it in two values: `attention`, any callable with the signature of
+`dot_product_attention`, and `unshard`, which turns the parameters of one layer as they are stored into the parameters as
+they are used (identity by default; `zero.unshard` gathers them). Layers are stacked and scanned, so that compile time does
+not grow with depth.
+
+Shapes: B batch, T tokens (of this device, where the sequence is divided), D embed_dim, N and K query and KV heads, H head_dim,
+F mlp_dim, V vocab_size, L layers.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array, lax
+
+from ulysses_jax.attention import Mask, dot_product_attention
+from ulysses_jax.config import ModelConfig, RopeScaling
+from ulysses_jax.memory import rematerialize
+
+__all__ = ["Transformer", "apply_rope", "rope_wavelengths"]
+
+type Unshard = Callable[[nnx.State], nnx.State]
+
+
+class RMSNorm(nnx.Module):
+    """x / √(mean(x²) + ε) · w over the last dim, in float32 (arXiv 1910.07467)."""
+
+    def __init__(self, size: int, eps: float):
+        self.scale = nnx.Param(jnp.ones(size))
+        self.eps = eps
+
+    def __call__(self, x: Array) -> Array:
+        y = x.astype(jnp.float32)
+        y *= lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+        return (y * self.scale[...]).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Projections around whatever attention the model was handed."""
+
+    def __init__(self, config: ModelConfig, attention: Callable, *, rngs: nnx.Rngs):
+        D, N, K, H = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
+        self.config, self.attention = config, attention
+        self.query = _weight(rngs, (D, N, H), fan_in=D)
+        self.key = _weight(rngs, (D, K, H), fan_in=D)
+        self.value = _weight(rngs, (D, K, H), fan_in=D)
+        self.out = _weight(rngs, (N, H, D), fan_in=N * H * 2 * config.num_layers)
+        if config.projection_bias:
+            self.query_bias, self.key_bias, self.value_bias = (nnx.Param(jnp.zeros((n, H))) for n in (N, K, K))
+        if config.qk_norm:
+            self.query_norm, self.key_norm = RMSNorm(H, config.norm_eps), RMSNorm(H, config.norm_eps)
+
+    def __call__(self, x: Array, angles: Array, segment_ids: Array | None, mask: Mask | None) -> Array:
+        config = self.config
+        q, k, v = (jnp.einsum("btd,dnh->btnh", x, w[...].astype(x.dtype)) for w in (self.query, self.key, self.value))
+        if config.projection_bias:
+            q, k, v = (y + b[...].astype(y.dtype) for y, b in ((q, self.query_bias), (k, self.key_bias), (v, self.value_bias)))
+        if config.qk_norm:
+            q, k = self.query_norm(q), self.key_norm(k)
+        q, k = apply_rope(q, angles), apply_rope(k, angles)
+        window = config.local_window_size
+        options = (
+            {"mask": mask}
+            if mask is not None
+            else {
+                "is_causal": config.is_causal,
+                "local_window_size": None if window is None else (window, 0 if config.is_causal else window),
+                "segment_ids": segment_ids,
+            }
+        )
+        y = self.attention(q, k, v, logits_soft_cap=config.logits_soft_cap, **options)
+        return jnp.einsum("btnh,nhd->btd", y, self.out[...].astype(x.dtype))
+
+
+class MLP(nnx.Module):
+    """SwiGLU: (silu(x Wg) ∘ x Wu) Wd (arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        D, F = config.embed_dim, config.mlp_dim
+        self.gate = _weight(rngs, (D, F), fan_in=D)
+        self.up = _weight(rngs, (D, F), fan_in=D)
+        self.down = _weight(rngs, (F, D), fan_in=F * 2 * config.num_layers)
+
+    def __call__(self, x: Array) -> Array:
+        gate, up, down = (w[...].astype(x.dtype) for w in (self.gate, self.up, self.down))
+        return (jax.nn.silu(x @ gate) * (x @ up)) @ down
+
+
+class Layer(nnx.Module):
+    """Attention and MLP, each normalised before and added to its input."""
+
+    def __init__(self, config: ModelConfig, attention: Callable, *, rngs: nnx.Rngs):
+        self.attention_norm = RMSNorm(config.embed_dim, config.norm_eps)
+        self.attention = Attention(config, attention, rngs=rngs)
+        self.mlp_norm = RMSNorm(config.embed_dim, config.norm_eps)
+        self.mlp = MLP(config, rngs=rngs)
+
+    def __call__(self, x: Array, angles: Array, segment_ids: Array | None, mask: Mask | None) -> Array:
+        x = x + self.attention(self.attention_norm(x), angles, segment_ids, mask)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Embedding(nnx.Module):
+    """A row of D numbers a token."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.table = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (config.vocab_size, config.embed_dim)))
+
+
+class Transformer(nnx.Module):
+    """tokens [B, T] → logits [B, T, V].
+
+    Args:
+      config: the shape.
+      attention: a callable `(q, k, v, *, is_causal, local_window_size, segment_ids, mask, logits_soft_cap)`, hashable and
+        compared by value: `dot_product_attention` (default), `attention_fn(mesh)` for global arrays, or
+        `ShardAttention()` inside a `shard_map`.
+      unshard: stored parameters of one part of the model → parameters as used; identity by default.
+      rngs: source of the initial values.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        attention: Callable = dot_product_attention,
+        unshard: Unshard | None = None,
+        rngs: nnx.Rngs,
+    ):
+        self.config, self.unshard = config, unshard
+        self.embedding = Embedding(config, rngs=rngs)
+
+        @nnx.split_rngs(splits=config.num_layers)
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def stacked(rngs: nnx.Rngs) -> Layer:
+            return Layer(config, attention, rngs=rngs)
+
+        self.layers = stacked(rngs)
+        self.norm = RMSNorm(config.embed_dim, config.norm_eps)
+        if not config.tie_embeddings:
+            self.head = Embedding(config, rngs=rngs)
+
+    def __call__(
+        self,
+        tokens: Array,
+        *,
+        segment_ids: Array | None = None,
+        positions: Array | None = None,
+        mask: Mask | None = None,
+    ) -> Array:
+        """Logits of every token's successor (causal) or of the token itself (bidirectional), float32.
+
+        Args:
+          tokens: integers [B, T].
+          segment_ids: integers, handed to the attention as they are; see there.
+          positions: integers [B, T]; 0 … T−1 by default. On a divided sequence they say where this device's tokens stand.
+          mask: a `make_mask` result, in place of the config's causality and window and of `segment_ids`.
+
+        Returns:
+          [B, T, V].
+        """
+        return self.logits(self.features(tokens, segment_ids=segment_ids, positions=positions, mask=mask), self.output_table())
+
+    def features(
+        self,
+        tokens: Array,
+        *,
+        segment_ids: Array | None = None,
+        positions: Array | None = None,
+        mask: Mask | None = None,
+    ) -> Array:
+        """Everything but the output matrix: tokens [B, T] → [B, T, D], normalised. Arguments as in `__call__`."""
+        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise ValueError(f"tokens is {tokens.dtype}{list(tokens.shape)}; it must be integers [B, T].")
+        config = self.config
+        if positions is None:
+            positions = jnp.arange(tokens.shape[1])[None]
+        angles = positions[..., None] * (2 * math.pi / rope_wavelengths(config))
+        x = self._used(self.embedding).table[tokens].astype(config.dtype)
+        layer, stored = nnx.split(self.layers)
+
+        def apply(x: Array, stored: nnx.State) -> tuple[Array, None]:
+            used = nnx.merge(layer, self.unshard(stored) if self.unshard else stored)
+            return used(x, angles, segment_ids, mask), None
+
+        x, _ = lax.scan(rematerialize(apply, config.remat), x, stored)
+        return self._used(self.norm)(x)
+
+    def output_table(self) -> Array:
+        """The output matrix [V, D], gathered: the embedding's own where tied."""
+        return self._used(self.embedding if self.config.tie_embeddings else self.head).table[...]
+
+    def logits(self, features: Array, table: Array) -> Array:
+        """[…, D] × [V, D] → […, V] in float32."""
+        return jnp.einsum("...d,vd->...v", features, table.astype(features.dtype), preferred_element_type=jnp.float32)
+
+    def _used[M: nnx.Module](self, module: M) -> M:
+        """A part of the model with its parameters as used."""
+        if self.unshard is None:
+            return module
+        graph, stored = nnx.split(module)
+        return nnx.merge(graph, self.unshard(stored))
+
+
+def rope_wavelengths(config: ModelConfig) -> Array:
+    """[H/2] wavelengths in tokens: 2π·θ^(2i/H) (RoFormer, arXiv 2104.09864), stretched by `config.rope_scaling` if any."""
+    half = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
+    wavelengths = 2 * math.pi * config.rope_theta**half
+    return wavelengths if config.rope_scaling is None else _stretch(wavelengths, config.rope_scaling)
+
+
+def _stretch(wavelengths: Array, scaling: RopeScaling) -> Array:
+    """Llama 3's rule, on wavelengths: 1 keeps one, 0 stretches it by `factor`, and between them frequencies interpolate."""
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    keep = jnp.clip((scaling.original_length / wavelengths - low) / (high - low), 0, 1)
+    return wavelengths / (keep + (1 - keep) / scaling.factor)
+
+
+def apply_rope(x: Array, angles: Array) -> Array:
+    """Turn the pair (x[i], x[i + H/2]) of each head by its angle; x [B, T, N, H], angles [B or 1, T, H/2], in float32."""
+    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def _weight(rngs: nnx.Rngs, shape: tuple[int, ...], *, fan_in: int) -> nnx.Param:
+    """Truncated normal of variance 1 / fan_in; residual outputs count their 2·L additions in (GPT-2)."""
+    return nnx.Param(nnx.initializers.truncated_normal(fan_in**-0.5)(rngs.params(), shape))

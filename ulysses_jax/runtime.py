@@ -1,0 +1,85 @@
+"""Processes: joining the others of a multi-host run, and stopping when asked.
+
+One process a host (or a GPU) is started by Slurm or by hand; `initialize` joins them before anything touches a device.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import jax
+from jax.experimental import multihost_utils
+
+__all__ = ["Stop", "initialize", "stopping"]
+
+
+def initialize(mesh_size: int) -> None:
+    """Join the run's other processes, if it has any, and make virtual CPU devices for a mesh without accelerators.
+
+    Several processes are recognised by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or by Slurm's own
+    variables. Call it before anything else uses jax's devices.
+
+    Args:
+      mesh_size: devices of the whole mesh; on CPU each process makes its share of them.
+
+    Raises:
+      ValueError: an incomplete set of variables, or processes that do not divide the mesh.
+    """
+    processes = 1
+    if "JAX_COORDINATOR_ADDRESS" in os.environ:
+        try:
+            processes, index = int(os.environ["JAX_NUM_PROCESSES"]), int(os.environ["JAX_PROCESS_ID"])
+        except (KeyError, ValueError):
+            raise ValueError(
+                "JAX_COORDINATOR_ADDRESS is set, so JAX_NUM_PROCESSES and JAX_PROCESS_ID must be set to integers as well."
+            ) from None
+        jax.distributed.initialize(os.environ["JAX_COORDINATOR_ADDRESS"], processes, index)
+    elif int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_ID" in os.environ:
+        jax.distributed.initialize()
+        processes = int(os.environ["SLURM_NTASKS"])
+    if mesh_size % processes:
+        raise ValueError(
+            f"the mesh has {mesh_size} devices, which {processes} processes cannot share evenly; choose mesh.data × mesh.seq "
+            f"as a multiple of {processes}."
+        )
+    jax.config.update("jax_num_cpu_devices", max(mesh_size // processes, 1))
+
+
+class Stop:
+    """Whether the run was asked to stop, by SIGINT (Ctrl-C) or SIGTERM."""
+
+    def __init__(self):
+        self.signal: signal.Signals | None = None
+
+    def requested(self, step: int) -> bool:
+        """True from the step on at which every process knows of the request."""
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self.signal is not None
+
+
+@contextmanager
+def stopping() -> Iterator[Stop]:
+    """Turn the first SIGINT or SIGTERM into a request to stop after the step at hand; a second Ctrl-C interrupts at once.
+
+    With several processes, jax's own preemption service carries SIGTERM to all of them, so that they stop at one step.
+    """
+    stop = Stop()
+
+    def ask(number: int, _) -> None:
+        if stop.signal is not None:
+            raise KeyboardInterrupt
+        stop.signal = signal.Signals(number)
+        print("\nstopping after this step; press Ctrl-C again to stop at once", file=sys.stderr)
+        if jax.process_count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    signals = [signal.SIGINT] if jax.process_count() > 1 else [signal.SIGINT, signal.SIGTERM]
+    before = {s: signal.signal(s, ask) for s in signals}
+    try:
+        yield stop
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)

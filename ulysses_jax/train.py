@@ -1,0 +1,359 @@
+"""Where the rooms meet: loss, state, training step, loop.
+
+The step is one compiled program. Loss and gradients are computed inside one `shard_map` over the whole mesh, so that every
+crossing in it is one the code names: the model's all-to-alls, ZeRO's gathers and reduce-scatters, the sum of the loss. The
+optimizer's update is elementwise and runs outside, on arrays that named shardings keep divided.
+"""
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax import Array, lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from rich.console import Console
+
+from ulysses_jax import costs
+from ulysses_jax.attention import make_mask
+from ulysses_jax.attention.blocked import varying_like
+from ulysses_jax.checkpoint import Checkpoints
+from ulysses_jax.config import OptimizerConfig, TrainConfig
+from ulysses_jax.data import END, Corpus, Packing, byte_entropy, open_corpus, place, read_ahead
+from ulysses_jax.mesh import DATA, SEQ, make_mesh, token_spec
+from ulysses_jax.model import Transformer
+from ulysses_jax.report import claim, describe, draw_losses, read_metrics, read_summary, reporting
+from ulysses_jax.runtime import stopping
+from ulysses_jax.ulysses import ShardAttention
+from ulysses_jax.zero import Stored, Unshard, hold, zero_shardings
+
+__all__ = ["Program", "batch_shapes", "build", "make_optimizer", "run", "token_losses"]
+
+type Tree = Any
+type State = dict[str, Tree]
+"""{"params", "opt_state", "step"}: all that a run must save."""
+
+AXES = (DATA, SEQ)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A config's compiled parts on a mesh."""
+
+    config: TrainConfig
+    mesh: Mesh
+    abstract: State
+    """shapes, types and shardings of the state"""
+    init: Callable[[], State]
+    """the first state, born divided"""
+    step: jax.stages.Wrapped
+    """(state, batch) → (state, {"loss", "grad_norm", "learning_rate", "tokens"}); the state given is consumed"""
+    evaluate: Callable[[Tree, dict[str, Array]], tuple[Array, Array]]
+    """(params, batch) → (summed loss in nats, number of labels)"""
+
+
+def build(config: TrainConfig, mesh: Mesh) -> Program:
+    """The training program of a config, ready to be compiled.
+
+    Raises:
+      ValueError: a mesh that is not the config's.
+    """
+    if (mesh.shape.get("data"), mesh.shape.get("seq")) != (config.mesh.data, config.mesh.seq):
+        raise ValueError(f"the mesh is {dict(mesh.shape)}, but the config says data={config.mesh.data}, seq={config.mesh.seq}.")
+
+    def create() -> Transformer:
+        return Transformer(
+            config.model,
+            attention=ShardAttention(implementation=config.implementation),
+            unshard=Unshard(config.model.dtype),
+            rngs=nnx.Rngs(config.seed),
+        )
+
+    graph = nnx.split(nnx.eval_shape(create))[0]
+    optimizer, schedule = make_optimizer(config.optimizer, config.steps)
+
+    def init() -> State:
+        params = nnx.to_pure_dict(nnx.split(create())[1])
+        return {"params": params, "opt_state": optimizer.init(params), "step": jnp.zeros((), jnp.int32)}
+
+    shapes = jax.eval_shape(init)
+    whole = NamedSharding(mesh, PartitionSpec())
+    parts = params_at, grads_at, opt_at = zero_shardings(
+        shapes["params"], shapes["opt_state"], mesh=mesh, stage=config.zero_stage
+    )
+    update_at = zero_shardings(shapes["params"], (), mesh=mesh, stage=3 if config.zero_stage else 0)[0]
+    state_at = {"params": params_at, "opt_state": opt_at, "step": whole}
+    loss_and_grads = _on_mesh(_loss_and_grads, config, mesh, graph, parts, (PartitionSpec(), _specs(grads_at), PartitionSpec()))
+
+    def step(state: State, batch: dict[str, Array]) -> tuple[State, dict[str, Array]]:
+        loss, grads, tokens = loss_and_grads(state["params"], batch)
+        # The update runs where the optimizer's state lies; a stage that keeps parameters whole gathers the result.
+        grads, params = (lax.with_sharding_constraint(x, update_at) for x in (grads, state["params"]))
+        updates, opt_state = optimizer.update(grads, state["opt_state"], params)
+        params = lax.with_sharding_constraint(optax.apply_updates(params, updates), update_at)
+        metrics = {
+            "loss": loss,
+            "grad_norm": optax.tree.norm(grads),
+            "learning_rate": jnp.asarray(schedule(state["step"])),
+            "tokens": tokens,
+        }
+        return {"params": params, "opt_state": opt_state, "step": state["step"] + 1}, metrics
+
+    return Program(
+        config=config,
+        mesh=mesh,
+        abstract=jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, state_at),
+        init=jax.jit(init, out_shardings=state_at),
+        step=jax.jit(step, donate_argnums=0, out_shardings=(state_at, whole)),
+        evaluate=jax.jit(_on_mesh(_summed_loss, config, mesh, graph, parts, (PartitionSpec(), PartitionSpec()))),
+    )
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """Clipping by global norm, then AdamW with decay on matrices only; and its schedule, step → learning rate."""
+    warmup = min(config.warmup_steps, steps - 1)
+    schedule = optax.warmup_cosine_decay_schedule(
+        init_value=0.0 if warmup else config.learning_rate,
+        peak_value=config.learning_rate,
+        warmup_steps=warmup,
+        decay_steps=steps,
+        end_value=config.learning_rate * config.final_fraction,
+    )
+
+    def decays(params: Tree) -> Tree:
+        def one(path, _) -> bool:
+            return not any(str(key.key).endswith(("scale", "bias")) for key in path)
+
+        return jax.tree_util.tree_map_with_path(one, params)
+
+    adamw = optax.adamw(schedule, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=decays)
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw), schedule
+
+
+def token_losses(model: Transformer, features: Array, labels: Array, weights: Array, *, tile: int) -> Array:
+    """Σ weight · −log softmax(features · table)[label], the logits of `tile` tokens at a time.
+
+    features [B, T, D]; labels, weights [B, T]. The backward computes each tile's logits again; the table's gradient adds up
+    over the tiles in float32.
+    """
+    tokens = labels.size
+    tile = min(tile, tokens)
+    flat = (features.reshape(tokens, -1), labels.reshape(tokens), weights.reshape(tokens))
+    tiles = [jnp.pad(x, [(0, -tokens % tile)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, tile, *x.shape[1:]) for x in flat]
+    table = model.output_table().astype(jnp.float32)
+
+    @jax.checkpoint
+    def one(total: Array, tile: list[Array]) -> tuple[Array, None]:
+        features, labels, weights = tile
+        logits = model.logits(features, table)
+        losses = jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
+        return total + (weights * losses).sum(), None
+
+    return lax.scan(one, varying_like(jnp.zeros((), jnp.float32), features, weights), tiles)[0]
+
+
+def batch_shapes(config: TrainConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, types and shardings of a global batch, for compiling before there is one."""
+    at = NamedSharding(mesh, token_spec(mesh))
+    shape = (config.data.batch_size, config.data.seq_len)
+    names = {"tokens": np.int32, "labels": np.int32, "positions": np.int32, "weights": np.float32}
+    if config.data.mask_documents:
+        names["segment_ids"] = np.int32
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=at) for name, dtype in names.items()}
+
+
+def run(config: TrainConfig, out: Path, console: Console | None = None) -> dict[str, float] | None:
+    """Train to the end, or go on where a run in `out` stopped.
+
+    The folder holds `config.json`, `metrics.jsonl`, `checkpoints/`, and at the end `summary.json` and `loss.png`.
+
+    Returns:
+      the summary, or None where the run was asked to stop; its state is saved then.
+
+    Raises:
+      ValueError: a folder that belongs to another run or is damaged, data or devices that do not fit the config.
+    """
+    console = console or Console()
+    corpus = open_corpus(config.data)
+    if corpus.vocab_size is not None and config.model.vocab_size < corpus.vocab_size:
+        raise ValueError(
+            f"model.vocab_size is {config.model.vocab_size}; text read as bytes needs at least {corpus.vocab_size} "
+            "(256 bytes, the end of a document, a mask)."
+        )
+    packing = Packing(corpus.train, config.data, config.model.vocab_size, is_causal=config.model.is_causal)
+    packing.batch(0)  # unreadable or unfitting data shows before anything compiles
+    mesh = make_mesh(data=config.mesh.data, seq=config.mesh.seq)
+    speaks = jax.process_index() == 0
+    claim(out, config, corpus.fingerprint, write=speaks)
+    console = console if speaks else Console(quiet=True)
+    if (summary := read_summary(out)) is not None:
+        console.print(f"{out} is complete: {config.steps} steps, {describe(summary)}.", highlight=False)
+        return summary
+
+    program = build(config, mesh)
+    with Checkpoints(out / "checkpoints", keep=config.checkpoint.keep) as checkpoints, stopping() as stop:
+        first, state = checkpoints.restore(program.abstract) or (0, None)
+        if first:
+            console.print(f"continuing from step {first}", highlight=False)
+        with reporting(config, out, console, first_step=first, speaks=speaks) as report:
+            kind = mesh.devices.flat[0].device_kind
+            report.say(f"compiling for {mesh.size} × {kind}: data {config.mesh.data} × seq {config.mesh.seq}")
+            step = program.step.lower(program.abstract, batch_shapes(config, mesh)).compile()
+            state = program.init() if state is None else state
+            state, finished = _loop(program, step, state, first, packing, corpus, checkpoints, report, stop)
+        if not finished:
+            console.print(
+                f"stopped; step {int(state['step'])} is saved, and the same command goes on from there", highlight=False
+            )
+            return None
+        summary = _summary(program, state, corpus, out)
+    if speaks:
+        _finish(out, summary)
+        console.print(f"{out}: {describe(summary)}", highlight=False)
+    return summary
+
+
+def _loop(program, step, state, first, packing, corpus, checkpoints, report, stop) -> tuple[State, bool]:
+    """Steps `first` to the last; answers the state, and whether it got there."""
+    config = program.config
+    flops = costs.step_flops(config.model, batch_size=config.data.batch_size, seq_len=config.data.seq_len)
+    since, at = time.perf_counter(), first
+    for i, batch in zip(range(first + 1, config.steps + 1), read_ahead(packing, range(first, config.steps)), strict=True):
+        state, metrics = step(state, place(batch, program.mesh))
+        if i % config.log_every == 0 or i in (1, config.steps):
+            metrics = {name: float(x) for name, x in metrics.items()}
+            seconds = (time.perf_counter() - since) / (i - at)
+            since, at = time.perf_counter(), i
+            tokens = config.data.batch_size * config.data.seq_len
+            speed = {
+                "tokens_per_s": tokens / seconds,
+                "model_tflops_per_device": flops / seconds / program.mesh.size / 1e12,
+            }
+            report.write({"step": i, **metrics, **speed})
+            if not np.isfinite(metrics["loss"]):
+                raise ValueError(
+                    f"the loss is {metrics['loss']} at step {i}; the last save is kept. Try a lower optimizer.learning_rate."
+                )
+        report.advance(i)
+        if config.eval_every and i % config.eval_every == 0 and i < config.steps:
+            report.write({"step": i, **evaluate(program, state["params"], corpus)})
+            since, at = time.perf_counter(), i
+        asked = stop.requested(i)
+        if asked or i == config.steps or i % config.checkpoint.every == 0:
+            checkpoints.save(i, state)
+        if asked and i < config.steps:
+            return state, False
+    return state, True
+
+
+def evaluate(program: Program, params: Tree, corpus: Corpus) -> dict[str, float]:
+    """Loss on the first `eval_batches` batches of the held-out documents; for text also in bits a byte."""
+    config = program.config
+    packing = Packing(corpus.held_out, config.data, config.model.vocab_size, is_causal=config.model.is_causal, shuffle=False)
+    loss = labels = byte_labels = 0.0
+    for i in range(min(config.eval_batches, -(-packing.rows // config.data.batch_size))):
+        batch = packing.batch(i)
+        for j in range(config.data.batch_size):  # rows past the end of the documents come round again: they count once
+            if i * config.data.batch_size + j >= packing.rows:
+                batch["weights"][j] = 0
+        byte_labels += float(((batch["labels"] < END) * batch["weights"]).sum())
+        summed, count = program.evaluate(params, place(batch, program.mesh))
+        loss, labels = loss + float(summed), labels + float(count)
+    result = {"eval_loss": loss / max(labels, 1)}
+    if corpus.is_bytes and config.model.is_causal:
+        result["eval_bits_per_byte"] = loss / math.log(2) / max(byte_labels, 1)
+    return result
+
+
+def _summary(program: Program, state: State, corpus: Corpus, out: Path) -> dict[str, float]:
+    steps = [line for line in read_metrics(out / "metrics.jsonl") if "tokens_per_s" in line]
+    speeds = [line["tokens_per_s"] for line in steps[1:] or steps]
+    summary = {"step": int(state["step"]), **evaluate(program, state["params"], corpus)}
+    if steps:
+        summary |= {"loss": steps[-1]["loss"], "tokens_per_s": float(np.median(speeds))}
+    if "eval_bits_per_byte" in summary:
+        summary["unigram_bits_per_byte"] = byte_entropy(corpus.held_out)
+    return summary
+
+
+def _finish(out: Path, summary: dict[str, float]) -> None:
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write(
+            json.dumps({name: summary[name] for name in ("step", "eval_loss", "eval_bits_per_byte") if name in summary}) + "\n"
+        )
+    entropy = summary.get("unigram_bits_per_byte")
+    baseline = None if entropy is None else ("entropy of single bytes, held out", entropy)
+    draw_losses(read_metrics(out / "metrics.jsonl"), out / "loss.png", baseline=baseline)
+    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+
+
+def _on_mesh(local: Callable, config: TrainConfig, mesh: Mesh, graph, parts: tuple, out_specs) -> Callable:
+    """`local(config, graph, (params' and gradients' shardings), params, batch)`, on every device's own part."""
+    params_at, grads_at, _ = parts
+
+    def on_one_device(params: Tree, batch: dict[str, Array]):
+        return local(config, graph, hold(params, params_at, grads_at), batch)
+
+    return jax.shard_map(on_one_device, mesh=mesh, in_specs=(_specs(params_at), token_spec(mesh)), out_specs=out_specs)
+
+
+def _loss_and_grads(config: TrainConfig, graph, stored: Tree, batch: dict[str, Array]) -> tuple[Array, Tree, Array]:
+    """(mean loss over the labels of the global batch, its gradient, their number), micro-batch by micro-batch.
+
+    The mean is one sum over one count. Each device differentiates its own share of it; `Unshard` adds the shares up.
+    """
+    tokens = lax.psum(batch["weights"].sum(), AXES)
+    pieces = jax.tree.map(lambda x: x.piece, stored, is_leaf=_is_stored)
+
+    def share(pieces: Tree, micro: dict[str, Array]) -> Array:
+        held = jax.tree.map(lambda x, piece: dataclasses.replace(x, piece=piece), stored, pieces, is_leaf=_is_stored)
+        return _local_loss(config, nnx.merge(graph, held), micro) / jnp.maximum(tokens, 1)
+
+    def add(total: tuple[Array, Tree], micro: dict[str, Array]) -> tuple[tuple[Array, Tree], None]:
+        return jax.tree.map(jnp.add, total, jax.value_and_grad(share)(pieces, micro)), None
+
+    if config.accumulation == 1:
+        loss, grads = jax.value_and_grad(share)(pieces, batch)
+    else:
+        micros = jax.tree.map(lambda x: x.reshape(config.accumulation, -1, *x.shape[1:]), batch)
+        zeros = jax.tree.map(lambda x: varying_like(jnp.zeros(x.shape, x.dtype), x), pieces)
+        start = varying_like(jnp.zeros((), jnp.float32), batch["weights"])
+        (loss, grads), _ = lax.scan(add, (start, zeros), micros)
+    return lax.psum(loss, AXES), grads, tokens
+
+
+def _summed_loss(config: TrainConfig, graph, stored: Tree, batch: dict[str, Array]) -> tuple[Array, Array]:
+    loss = _local_loss(config, nnx.merge(graph, stored), batch)
+    return lax.psum(loss, AXES), lax.psum(batch["weights"].sum(), AXES)
+
+
+def _local_loss(config: TrainConfig, model: Transformer, batch: dict[str, Array]) -> Array:
+    """The summed loss of this device's tokens. The mask is prepared here, once for all layers."""
+    ids = batch.get("segment_ids")
+    if ids is not None:
+        ids = lax.all_gather(ids, SEQ, axis=1, tiled=True)
+    window = config.model.local_window_size
+    mask = make_mask(
+        config.data.seq_len,
+        is_causal=config.model.is_causal,
+        local_window_size=None if window is None else (window, 0 if config.model.is_causal else window),
+        segment_ids=ids,
+    )
+    features = model.features(batch["tokens"], positions=batch["positions"], mask=mask)
+    return token_losses(model, features, batch["labels"], batch["weights"], tile=config.loss_tile)
+
+
+def _specs(shardings: Tree) -> Tree:
+    return jax.tree.map(lambda s: s.spec, shardings)
+
+
+def _is_stored(x: Any) -> bool:
+    return isinstance(x, Stored)

@@ -1,0 +1,345 @@
+"""DeepSpeed-Ulysses (arXiv 2309.14509): one all-to-all before attention, one after.
+
+    q, k, v   [B, T/P, N, H]   my tokens, all heads
+                 │  seq_to_heads
+              [B, T, N/P, H]   all tokens, my heads
+                 │  any attention, on whole sequences
+    out       [B, T, N/P, H]
+                 │  heads_to_seq
+              [B, T/P, N, H]   my tokens, all heads
+
+Each device sends 4·T·N·H/P elements a layer (q, k, v and the output, of which (P−1)/P leave it), which stays constant when
+T and P grow together. Inside, attention is that of one device: dense or sparse, any implementation.
+
+`ulysses_attention_shard` is the core, for use inside a `shard_map` of the caller's; `ulysses_attention` is the door for
+global arrays; `attention_fn` dresses it for Flax's attention layers.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import cast
+
+import jax
+from jax import Array, lax
+from jax.core import Tracer
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from ulysses_jax.attention import (
+    Mask,
+    Segments,
+    Window,
+    check_heads,
+    dot_product_attention,
+    make_mask,
+    normalize_window,
+)
+from ulysses_jax.config import check_degree
+from ulysses_jax.mesh import DATA, SEQ, axes_size
+
+__all__ = [
+    "FlaxAttention",
+    "ShardAttention",
+    "attention_fn",
+    "heads_to_seq",
+    "repeat_kv_heads",
+    "seq_to_heads",
+    "ulysses_attention",
+    "ulysses_attention_shard",
+]
+
+
+def seq_to_heads(x: Array, axis_name: str) -> Array:
+    """[B, T/P, N, H] → [B, T, N/P, H] over the mesh axis `axis_name`; `heads_to_seq` undoes it.
+
+    Device p ends with heads p·N/P … (p+1)·N/P − 1 of every token, tokens in mesh order.
+    """
+    return lax.all_to_all(x, axis_name, split_axis=2, concat_axis=1, tiled=True)
+
+
+def heads_to_seq(x: Array, axis_name: str) -> Array:
+    """[B, T, N/P, H] → [B, T/P, N, H] over the mesh axis `axis_name`; the inverse of `seq_to_heads`."""
+    return lax.all_to_all(x, axis_name, split_axis=1, concat_axis=2, tiled=True)
+
+
+def repeat_kv_heads(x: Array, degree: int) -> Array:
+    """[B, S, K, H] → [B, S, max(K, P), H]: where K < P, each KV head once for every device that reads it.
+
+    P/K copies is the least that gives every device the one KV head of its query heads: each receives S·H elements.
+    """
+    kv_heads = x.shape[2]
+    return x if kv_heads >= degree else x.repeat(degree // kv_heads, axis=2)
+
+
+def ulysses_attention_shard(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    axis_name: str = SEQ,
+    is_causal: bool = False,
+    scale: float | None = None,
+    local_window_size: Window = None,
+    segment_ids: Segments = None,
+    logits_soft_cap: float | None = None,
+    mask: Mask | None = None,
+    implementation: str | None = None,
+) -> Array:
+    """Attention over a sequence of which this device holds T/P tokens; call it inside `shard_map`.
+
+    Args:
+      q: [B, T/P, N, H], this device's tokens in mesh order along `axis_name`, of size P.
+      k: [B, S/P, K, H].
+      v: [B, S/P, K, H].
+      axis_name: the mesh axis the sequence is divided over. P must divide N, and P divide K or K divide P.
+      segment_ids: for the whole sequence, [B, T] (or a pair with [B, S]), the same on every device of the axis; or this
+        device's part, [B, T/P], which is then gathered (integers only). Hand over whole ids, or `mask`, to gather once for
+        all layers.
+      mask: a `make_mask` result for the whole sequence.
+      is_causal, scale, local_window_size, logits_soft_cap, implementation: as in `dot_product_attention`.
+
+    Returns:
+      [B, T/P, N, H].
+
+    Raises:
+      ValueError: heads that P does not divide, or shapes that do not fit.
+    """
+    check_heads(q, k, v)
+    degree = lax.axis_size(axis_name)
+    check_degree(q.shape[2], k.shape[2], degree, axis_name)
+    if segment_ids is not None:
+        pair = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
+        segment_ids = tuple(_whole_ids(ids, x.shape[1], degree, axis_name) for ids, x in zip(pair, (q, k), strict=True))  # pyright: ignore[reportAssignmentType]
+    k, v = repeat_kv_heads(k, degree), repeat_kv_heads(v, degree)
+    out = dot_product_attention(
+        *(seq_to_heads(x, axis_name) for x in (q, k, v)),
+        is_causal=is_causal,
+        scale=scale,
+        local_window_size=local_window_size,
+        segment_ids=segment_ids,
+        logits_soft_cap=logits_soft_cap,
+        mask=mask,
+        implementation=implementation,
+    )
+    return heads_to_seq(cast(Array, out), axis_name)
+
+
+def ulysses_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    mesh: Mesh,
+    is_causal: bool = False,
+    scale: float | None = None,
+    local_window_size: Window = None,
+    segment_ids: Segments = None,
+    logits_soft_cap: float | None = None,
+    mask: Mask | None = None,
+    implementation: str | None = None,
+    seq_axis: str = SEQ,
+    batch_axes: Sequence[str] = (DATA,),
+    head_axis: str | None = None,
+) -> Array:
+    """Attention on global arrays, the sequence divided over a mesh axis; inside or outside `jit`, differentiable.
+
+    Args:
+      q: [B, T, N, H].
+      k: [B, S, K, H].
+      v: [B, S, K, H].
+      mesh: any `jax.sharding.Mesh`, its axes Auto or Explicit.
+      seq_axis: the axis that divides T and S. Its size P must divide T, S and N (or N over `head_axis`), and P divide K
+        or K divide P.
+      batch_axes: the axes that divide B.
+      head_axis: an axis that already divides N and K (tensor parallelism), if any.
+      segment_ids: [B, T], or ([B, T], [B, S]).
+      mask: a `make_mask` result, in place of `is_causal`, `local_window_size` and `segment_ids`.
+      is_causal, scale, local_window_size, logits_soft_cap, implementation: as in `dot_product_attention`.
+
+    Returns:
+      [B, T, N, H], laid out like q: batch over `batch_axes`, length over `seq_axis`, heads over `head_axis`.
+
+    Raises:
+      ValueError: an axis the mesh lacks, or a dim that its axes do not divide.
+
+    Example:
+      >>> mesh = make_mesh(data=2, seq=4)
+      >>> out = ulysses_attention(q, k, v, mesh=mesh, is_causal=True)
+    """
+    batch_axes = (batch_axes,) if isinstance(batch_axes, str) else tuple(batch_axes)
+    check_heads(q, k, v)
+    _check_mesh(q, k, mesh, seq_axis, batch_axes, head_axis)
+    if mask is not None and not isinstance(mask, Mask):
+        dot_product_attention(q, k, v, mask=mask)  # refuses it, with the reason
+    if segment_ids is not None:  # checks the shapes here, where the whole lengths are known
+        make_mask(q.shape[1], k.shape[1], segment_ids=segment_ids)
+
+    tokens, whole = PartitionSpec(batch_axes or None, seq_axis, head_axis), PartitionSpec(batch_axes or None)
+    options = {
+        "axis_name": seq_axis,
+        "is_causal": is_causal,
+        "scale": scale,
+        "local_window_size": normalize_window(local_window_size),
+        "logits_soft_cap": logits_soft_cap,
+        "implementation": implementation,
+    }
+    q, k, v = (_place(x, mesh, tokens) for x in (q, k, v))
+    segment_ids, mask = jax.tree.map(lambda x: _place(x, mesh, whole), (segment_ids, mask))
+    return _on_mesh(q, k, v, segment_ids, mask, mesh=mesh, tokens=tokens, whole=whole, options=tuple(options.items()))
+
+
+@functools.partial(jax.jit, static_argnames=("mesh", "tokens", "whole", "options"))
+def _on_mesh(q, k, v, segment_ids, mask, *, mesh: Mesh, tokens: PartitionSpec, whole: PartitionSpec, options: tuple) -> Array:
+    """The core over global arrays, compiled so that a call outside `jit` runs as one program too."""
+    return jax.shard_map(
+        lambda q, k, v, ids, mask: ulysses_attention_shard(q, k, v, segment_ids=ids, mask=mask, **dict(options)),
+        mesh=mesh,
+        in_specs=(tokens, tokens, tokens, whole, whole),
+        out_specs=tokens,
+    )(q, k, v, segment_ids, mask)
+
+
+def _place(x: Array, mesh: Mesh, spec: PartitionSpec) -> Array:
+    """`x` laid out as `spec` says, whichever of jax's three ways the moment asks for."""
+    sharding = NamedSharding(mesh, spec)
+    if not isinstance(x, Tracer):
+        return jax.device_put(x, sharding)
+    if AxisType.Explicit in mesh.axis_types:
+        return jax.sharding.reshard(x, sharding)
+    return lax.with_sharding_constraint(x, sharding)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShardAttention:
+    """`ulysses_attention_shard` as a value: two with equal fields are equal, so a model that holds one is not recompiled."""
+
+    axis_name: str = SEQ
+    implementation: str | None = None
+
+    def __call__(self, q: Array, k: Array, v: Array, **options) -> Array:
+        options.setdefault("implementation", self.implementation)
+        return ulysses_attention_shard(q, k, v, axis_name=self.axis_name, **options)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FlaxAttention:
+    """What `attention_fn` makes: `ulysses_attention` under the keywords of Flax's attention layers.
+
+    Every keyword is named, because Linen drops those that a function does not name.
+    """
+
+    mesh: Mesh
+    is_causal: bool = False
+    scale: float | None = None
+    local_window_size: Window = None
+    logits_soft_cap: float | None = None
+    implementation: str | None = None
+    seq_axis: str = SEQ
+    batch_axes: tuple[str, ...] = (DATA,)
+    head_axis: str | None = None
+
+    def __call__(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        bias: Array | None = None,
+        mask: Mask | None = None,
+        broadcast_dropout: bool = True,
+        dropout_rng: Array | None = None,
+        dropout_rate: float = 0.0,
+        deterministic: bool = True,
+        dtype=None,
+        precision=None,
+        module=None,
+        is_causal: bool = False,
+        scale: float | None = None,
+        local_window_size: Window = None,
+        segment_ids: Segments = None,
+        logits_soft_cap: float | None = None,
+        force_fp32_for_softmax: bool = False,
+        qk_attn_weights_einsum=None,
+        attn_weights_value_einsum=None,
+    ) -> Array:
+        del broadcast_dropout, dropout_rng, precision, force_fp32_for_softmax  # the softmax is float32 always
+        for name, given, way_out in (
+            ("bias", bias is not None, "Leave it out."),
+            ("dropout_rate", dropout_rate > 0 and not deterministic, "Set dropout_rate=0 in the attention layer."),
+            ("sow_weights", module is not None, "The weights are never held; leave it False."),
+            ("qk_attn_weights_einsum", qk_attn_weights_einsum is not None, "Leave it out."),
+            ("attn_weights_value_einsum", attn_weights_value_einsum is not None, "Leave it out."),
+        ):
+            if given:
+                raise NotImplementedError(f"{name} is set, which ulysses_attention cannot do. {way_out}")
+        if dtype is not None:
+            query, key, value = (x.astype(dtype) for x in (query, key, value))
+        own = (
+            {}
+            if mask is not None
+            else {
+                "is_causal": is_causal or self.is_causal,
+                "local_window_size": self.local_window_size if local_window_size is None else local_window_size,
+                "segment_ids": segment_ids,
+            }
+        )
+        return ulysses_attention(
+            query,
+            key,
+            value,
+            mesh=self.mesh,
+            mask=mask,
+            scale=self.scale if scale is None else scale,
+            logits_soft_cap=self.logits_soft_cap if logits_soft_cap is None else logits_soft_cap,
+            implementation=self.implementation,
+            seq_axis=self.seq_axis,
+            batch_axes=self.batch_axes,
+            head_axis=self.head_axis,
+            **own,
+        )
+
+
+def attention_fn(mesh: Mesh, **options) -> FlaxAttention:
+    """Ulysses attention for `nnx.MultiHeadAttention` and `linen.MultiHeadDotProductAttention`.
+
+    `options` are those of `ulysses_attention`. A mask given to the layer must be a `make_mask` result; it replaces
+    `is_causal` and `local_window_size`. Two results with equal options are equal, so a model that holds one is not
+    recompiled.
+
+    Example:
+      >>> layer = nnx.MultiHeadAttention(8, 512, attention_fn=attention_fn(mesh, is_causal=True), decode=False, rngs=rngs)
+    """
+    return FlaxAttention(mesh=mesh, **options)
+
+
+def _check_mesh(q: Array, k: Array, mesh: Mesh, seq_axis: str, batch_axes: tuple[str, ...], head_axis: str | None) -> None:
+    named = [("seq_axis", seq_axis), *(("batch_axes", axis) for axis in batch_axes)]
+    for argument, axis in named + ([("head_axis", head_axis)] if head_axis else []):
+        if axis not in mesh.shape:
+            raise ValueError(
+                f"{argument} names {axis!r}, but the mesh has axes {mesh.axis_names}. Pass {argument}= with one of those"
+                + (" (or batch_axes=() for none)." if argument == "batch_axes" else ".")
+            )
+    used = [axis for _, axis in named] + ([head_axis] if head_axis else [])
+    if len(set(used)) < len(used):
+        raise ValueError(f"seq_axis, batch_axes and head_axis name {used}; each mesh axis may be used once.")
+    split_heads = mesh.shape[head_axis] if head_axis else 1
+    for what, size, axes in (
+        ("batch B", q.shape[0], batch_axes),
+        ("query length T", q.shape[1], (seq_axis,)),
+        ("key length S", k.shape[1], (seq_axis,)),
+        ("query heads N", q.shape[2], (head_axis,) if head_axis else ()),
+        ("KV heads K", k.shape[2], (head_axis,) if head_axis else ()),
+    ):
+        if size % (n := axes_size(mesh, axes)):
+            raise ValueError(
+                f"{what} = {size} is not divisible by {n}, the size of mesh axis {' × '.join(axes)}. "
+                + ("Pad it, or use batch_axes=() to keep it whole." if what == "batch B" else "Use a size that divides it.")
+            )
+    check_degree(q.shape[2] // split_heads, k.shape[2] // split_heads, mesh.shape[seq_axis], seq_axis)
+
+
+def _whole_ids(ids: Array, local_length: int, degree: int, axis_name: str) -> Array:
+    """Segment ids of the whole sequence from those of this device's part."""
+    if ids.ndim == 2 and ids.shape[1] == local_length and degree > 1:
+        return lax.all_gather(ids, axis_name, axis=1, tiled=True)
+    return ids
