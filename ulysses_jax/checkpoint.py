@@ -29,10 +29,17 @@ class Checkpoints:
     Args:
       folder: absolute or relative path; made if it is not there.
       keep: how many saves to keep, newest first.
+
+    Raises:
+      ValueError: a folder that is a file, or nothing to keep.
     """
 
     def __init__(self, folder: Path, *, keep: int):
         self.folder = Path(folder).absolute()
+        if keep < 1:
+            raise ValueError(f"keep is {keep}; it must be at least 1, or no save is left to go on from.")
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"checkpoint folder {self.folder} is a file; name a folder, or move the file away.")
         self.folder.mkdir(parents=True, exist_ok=True)
         self._options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager(self.folder, options=self._options)

@@ -4,20 +4,26 @@ ulysses train RECIPE --out DIR [--field value …]
 ulysses train --list
 """
 
+import contextlib
 import dataclasses
+import difflib
+import io
 import logging
 import math
+import re
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
+import jax
 import tyro
 from rich.console import Console
 from rich.logging import RichHandler
 
 from ulysses_jax import costs, recipes, runtime
-from ulysses_jax.config import TrainConfig
+from ulysses_jax.config import TrainConfig, to_dict
 from ulysses_jax.report import show
 
 __all__ = ["main"]
@@ -31,7 +37,7 @@ USAGE = """usage: ulysses train RECIPE [--out DIR] [--dry-run] [--field value �
 class TrainCommand:
     """Train a recipe, or go on with it where it stopped."""
 
-    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    config: Annotated[TrainConfig, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands]
     out: Path
     """the run's folder"""
     dry_run: bool = False
@@ -39,7 +45,11 @@ class TrainCommand:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; answers the exit status: 0 done, 2 refused, 130 interrupted (saved, can go on)."""
+    """Run the command line.
+
+    Returns:
+      the exit status: 0 done, or stopped by SIGTERM and saved; 2 refused; 130 stopped by Ctrl-C and saved.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     console = Console()
     logging.basicConfig(
@@ -51,19 +61,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         match arguments:
             case [] | ["-h" | "--help"] | ["train"] | ["train", "-h" | "--help"]:
-                print(USAGE)
-                return 0 if arguments else 2
+                print(USAGE, file=sys.stdout if arguments[-1:] in (["-h"], ["--help"]) else sys.stderr)
+                return 0 if arguments[-1:] in (["-h"], ["--help"]) else 2
             case ["train", "--list", *_]:
                 list_recipes(console)
-                return 0
             case ["train", name, *rest]:
                 return train(name, rest, console)
             case [command, *_]:
                 raise ValueError(f"there is no command {command!r}; the commands are: train. See ulysses --help.")
-    except (ValueError, NotImplementedError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, NotImplementedError, OSError) as error:
+        if not _is_refusal(error):
+            raise
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
-    raise AssertionError("unreachable")
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last save", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether this library raised it, or the file system did; any other error is a bug, and its traceback is wanted."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    ours = frame is not None and Path(frame.tb_frame.f_code.co_filename).is_relative_to(Path(__file__).parent)
+    return ours or isinstance(error, OSError)
 
 
 def list_recipes(console: Console) -> None:
@@ -73,15 +96,87 @@ def list_recipes(console: Console) -> None:
 
 def train(name: str, arguments: Sequence[str], console: Console) -> int:
     """`ulysses train`."""
-    default = TrainCommand(config=recipes.recipe(name), out=Path("runs") / name)
-    command = tyro.cli(TrainCommand, args=list(arguments), default=default, prog=f"ulysses train {name}")
+    command = _parse(name, arguments)
     if command.dry_run:
         dry_run(command.config, console)
         return 0
     runtime.initialize(command.config.mesh.size)
+    if jax.process_index() == 0:
+        announce(name, command, console)
     from ulysses_jax.train import run
 
-    return 0 if run(command.config, command.out, console) is not None else 130
+    with runtime.stopping() as stop:
+        if run(command.config, command.out, console, stop=stop) is not None:
+            return 0
+    return 130 if stop.signal == signal.SIGINT else 0
+
+
+def announce(name: str, command: TrainCommand, console: Console) -> None:
+    """What is about to run, in two lines."""
+    config, parameters = command.config, sum(costs.parameter_counts(command.config.model).values())
+    mesh, data = config.mesh, config.data
+    console.print(
+        f"{name}: {parameters:,} parameters, {config.steps:,} steps of {data.batch_size} sequences × "
+        f"{data.seq_len:,} tokens\nmesh data {mesh.data} × seq {mesh.seq} = {mesh.size} devices, ZeRO-{config.zero_stage}, "
+        f"run folder {command.out}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _parse(name: str, arguments: Sequence[str]) -> TrainCommand:
+    """The recipe's config with the fields that the arguments name.
+
+    Raises:
+      ValueError: no such recipe, no such field, or a value that is not of its field's type.
+    """
+    default = TrainCommand(config=recipes.recipe(name), out=Path("runs") / name)
+    prog, box = f"ulysses train {name}", io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            command, unknown = tyro.cli(
+                TrainCommand, args=list(arguments), default=default, prog=prog, return_unknown_args=True
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):  # --help
+            raise
+        raise ValueError(f"{_inside(box.getvalue())} See {prog} --help.") from None
+    if unknown:
+        known = ["--out", "--dry-run", *(f"--{field}" for field in _names(to_dict(command.config)))]
+        wanted = unknown[0].split("=")[0].replace("_", "-")
+        close = [x for x in known if x.endswith("." + wanted[2:])] or difflib.get_close_matches(wanted, known, n=2)
+        hint = f" Did you mean {' or '.join(close)}?" if close else ""
+        hint = hint if unknown[0].startswith("-") else " Fields are given as --field value."
+        raise ValueError(f"{prog} has no argument {unknown[0]!r}.{hint} See {prog} --help.")
+    return command
+
+
+def _names(fields: dict, prefix: str = "") -> list[str]:
+    """Every field of a config as the command line spells it."""
+    names = []
+    for name, value in fields.items():
+        dotted = prefix + name.replace("_", "-")
+        if isinstance(value, dict):
+            names += _names(value, dotted + ".")
+        elif name != "rope_scaling":  # a recipe without one cannot be given one here, field by field
+            names.append(dotted)
+    return names
+
+
+def _inside(box: str) -> str:
+    """The first paragraph of one of tyro's framed error messages, as a sentence; a frame may be of lines, dashes or nothing."""
+    lines = [line.strip(" │|") for line in box.splitlines()[1:]]  # the first is the frame's title
+    ruled = "\n".join(line if line.strip("─╰╯-+") else "" for line in lines)
+    text = " ".join(ruled.strip().split("\n\n")[0].split())
+    for pattern, plainly in (
+        (r"^Error parsing (config\S*: )?", ""),  # the config's own refusals name their field
+        (r": invalid literal for int\(\) with base 10: (.*)$", r" is \1; it must be a whole number"),
+        (r": could not convert string to float: (.*)$", r" is \1; it must be a number"),
+        (r"^Missing value for argument '(\S*)'. Expected 1 values$", r"\1 has no value; one must follow it"),
+        (r"^invalid choice (\S*) for argument '(\S*)'. Expected one of \((.*)\)$", r"\2 is \1; it must be one of \3"),
+    ):
+        text = re.sub(pattern, plainly, text.removesuffix("."))
+    return text + "."
 
 
 def dry_run(config: TrainConfig, console: Console) -> None:

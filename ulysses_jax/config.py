@@ -4,7 +4,11 @@ A `TrainConfig` built is a config that can run: the rules are checked when it is
 """
 
 import dataclasses
-from typing import Literal
+import math
+import types
+import typing
+from pathlib import PurePath
+from typing import Any, Literal
 
 __all__ = [
     "CheckpointConfig",
@@ -27,10 +31,37 @@ def _at_least(name: str, value: float, least: float) -> None:
         raise ValueError(f"{name} is {value}; it must be at least {least}.")
 
 
-def _one_of(name: str, value: object, choices) -> None:
-    choices = getattr(choices, "__value__", choices).__args__
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(str, choices))}.")
+def _positive(name: str, value: float) -> None:
+    if value <= 0:
+        raise ValueError(f"{name} is {value}; it must be > 0.")
+
+
+def _check_types(config: Any, prefix: str = "") -> None:
+    """Refuse a field whose value is not of its annotated type, or no finite number, before a rule compares it."""
+    for name, annotation in typing.get_type_hints(type(config)).items():
+        value, choices = getattr(config, name), [getattr(a, "__value__", a) for a in _alternatives(annotation)]
+        if not any(_fits(value, choice) for choice in choices):
+            wanted = " or ".join(filter(None, map(_describe, choices)))
+            raise ValueError(f"{prefix}{name} is {value!r}; it must be {wanted}.")
+
+
+def _alternatives(annotation: Any) -> tuple:
+    return typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+
+
+def _fits(value: object, annotation: Any) -> bool:
+    if typing.get_origin(annotation) is Literal:
+        return value in typing.get_args(annotation)
+    if annotation is float:  # finite, and a whole number will do
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, annotation) and not (annotation is int and isinstance(value, bool))
+
+
+def _describe(annotation: Any) -> str:
+    if typing.get_origin(annotation) is Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(annotation)))
+    names = {int: "an int", float: "a finite number", bool: "true or false", str: "a string", types.NoneType: "None"}
+    return names.get(annotation) or f"a {annotation.__name__}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +78,9 @@ class RopeScaling:
     original_length: int = 8192
 
     def __post_init__(self):
+        _check_types(self, "rope_scaling.")
         _at_least("rope_scaling.factor", self.factor, 1)
+        _at_least("rope_scaling.original_length", self.original_length, 1)
         if not 0 < self.low_freq_factor < self.high_freq_factor:
             raise ValueError(
                 f"rope_scaling has low_freq_factor {self.low_freq_factor} and high_freq_factor {self.high_freq_factor}; "
@@ -97,6 +130,7 @@ class ModelConfig:
     """what the backward recomputes: nothing, all but attention, or whole layers"""
 
     def __post_init__(self):
+        _check_types(self, "model.")
         for name in ("vocab_size", "num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"):
             _at_least(f"model.{name}", getattr(self, name), 1)
         if self.num_heads % self.num_kv_heads:
@@ -106,8 +140,10 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"model.head_dim is {self.head_dim}; it must be even, because RoPE turns pairs.")
-        _one_of("model.remat", self.remat, Remat)
-        _one_of("model.dtype", self.dtype, Dtype)
+        for name in ("rope_theta", "norm_eps"):
+            _positive(f"model.{name}", getattr(self, name))
+        if self.logits_soft_cap is not None and self.logits_soft_cap <= 0:
+            raise ValueError(f"model.logits_soft_cap is {self.logits_soft_cap}; it must be > 0, or None for no cap.")
         if self.local_window_size is not None:
             _at_least("model.local_window_size", self.local_window_size, 0)
 
@@ -122,6 +158,7 @@ class MeshConfig:
     """devices along the sequence, the Ulysses degree"""
 
     def __post_init__(self):
+        _check_types(self, "mesh.")
         _at_least("mesh.data", self.data, 1)
         _at_least("mesh.seq", self.seq, 1)
 
@@ -156,12 +193,19 @@ class DataConfig:
     """order of documents and rows"""
 
     def __post_init__(self):
+        _check_types(self, "data.")
+        _at_least("data.seed", self.seed, 0)
+        if not self.source:
+            raise ValueError("data.source is ''; name a folder of text files, a .npy or .bin file, or 'stdlib'.")
+        if not self.pattern or PurePath(self.pattern).is_absolute():
+            raise ValueError(f"data.pattern is {self.pattern!r}; it must be a glob below data.source, such as '**/*.txt'.")
+        if self.end_of_document is not None:
+            _at_least("data.end_of_document", self.end_of_document, 0)
         _at_least("data.seq_len", self.seq_len, 2)
         _at_least("data.batch_size", self.batch_size, 1)
         for name in ("held_out", "mask_rate"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"data.{name} is {getattr(self, name)}; it is a fraction and must lie between 0 and 1.")
-        _one_of("data.token_dtype", self.token_dtype, Literal["uint16", "uint32"])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -182,9 +226,11 @@ class OptimizerConfig:
     """largest global norm of the gradient"""
 
     def __post_init__(self):
+        _check_types(self, "optimizer.")
         for name in ("learning_rate", "eps", "clip_norm"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must be > 0.")
+            _positive(f"optimizer.{name}", getattr(self, name))
+        if not 0 <= self.final_fraction <= 1:
+            raise ValueError(f"optimizer.final_fraction is {self.final_fraction}; it is a fraction and must be in [0, 1].")
         for name in ("b1", "b2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must be in [0, 1).")
@@ -202,6 +248,7 @@ class CheckpointConfig:
     """saves kept, newest first"""
 
     def __post_init__(self):
+        _check_types(self, "checkpoint.")
         _at_least("checkpoint.every", self.every, 1)
         _at_least("checkpoint.keep", self.keep, 1)
 
@@ -236,13 +283,15 @@ class TrainConfig:
     """also log to this Weights & Biases project (extra: tracking)"""
 
     def __post_init__(self):
+        _check_types(self)
         for name in ("steps", "accumulation", "loss_tile", "log_every", "eval_batches"):
             _at_least(name, getattr(self, name), 1)
-        _at_least("eval_every", self.eval_every, 0)
+        for name in ("eval_every", "seed"):
+            _at_least(name, getattr(self, name), 0)
         if self.zero_stage not in (0, 1, 2, 3):
             raise ValueError(f"zero_stage is {self.zero_stage}; it must be 0, 1, 2 or 3.")
-        if self.implementation is not None:
-            _one_of("implementation", self.implementation, Implementation)
+        if self.wandb == "":
+            raise ValueError("wandb is ''; it must be the name of a project, or None for no tracking.")
         if self.data.seq_len % self.mesh.seq:
             raise ValueError(
                 f"data.seq_len is {self.data.seq_len}; it must be a multiple of mesh.seq = {self.mesh.seq}. "

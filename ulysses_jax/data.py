@@ -13,6 +13,7 @@ import functools
 import hashlib
 import itertools
 import sysconfig
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -77,6 +78,8 @@ def open_corpus(config: DataConfig) -> Corpus:
     is_bytes = files[0].suffix not in (".npy", ".bin")
     per_file = [[_text(path)] if is_bytes else _arrays(path, config) for path in files]
     per_file = [kept for documents in per_file if (kept := [d for d in documents if d.length > 1])]
+    if not per_file:
+        raise ValueError(f"data.source {config.source!r} holds no document of 2 tokens or more; name a source with text in it.")
     train, held_out = _split([str(d[0].path.relative_to(root)) for d in per_file], per_file, config.held_out)
     total = sum(d.length for d in train)
     if total <= config.seq_len:
@@ -229,7 +232,9 @@ def _files(config: DataConfig) -> tuple[Path, list[Path]]:
     visible = (p for p in path.glob(config.pattern) if not any(x.startswith(".") for x in p.relative_to(path).parts))
     files = arrays or sorted(p for p in visible if p.is_file() and p.stat().st_size > 0)
     if not files:
-        raise ValueError(f"data.source {config.source!r} has no file that matches data.pattern = {config.pattern!r}.")
+        raise ValueError(
+            f"data.source {config.source!r} has no file that matches data.pattern = {config.pattern!r}; name another."
+        )
     return path, files
 
 
@@ -242,11 +247,16 @@ def _arrays(path: Path, config: DataConfig) -> list[Document]:
     if path.suffix == ".npy":
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except ValueError as error:
-            raise ValueError(f"data file {path} cannot be read as .npy ({error}); write it with np.save.") from None
+        except (ValueError, EOFError, OSError, zipfile.BadZipFile):  # numpy's own words speak of pickles
+            raise ValueError(
+                f"data file {path} cannot be read as .npy; it is cut short or something else. Use np.save."
+            ) from None
+        if not isinstance(array, np.ndarray):
+            raise ValueError(f"data file {path} is an .npz archive; save one array of tokens with np.save.")
         if array.ndim != 1 or array.dtype not in (np.uint16, np.uint32):
             raise ValueError(
-                f"data file {path} holds {array.dtype}{list(array.shape)}; it must be one dim of uint16 or uint32."
+                f"data file {path} holds {array.dtype}{list(array.shape)}; it must be one dim of uint16 or uint32. Convert it, "
+                "e.g. np.save(path, tokens.astype(np.uint16))."
             )
         dtype, offset, length = np.dtype(array.dtype), array.offset, array.size  # pyright: ignore[reportAttributeAccessIssue]
     else:

@@ -32,16 +32,22 @@ def make_mesh(*, data: int = 1, seq: int = 1, devices: Sequence[jax.Device] | No
       ValueError: a size below 1, or more devices asked for than there are.
     """
     for name, size in (("data", data), ("seq", seq)):
-        if size < 1:
-            raise ValueError(f"{name} is {size}; a mesh axis needs at least 1 device.")
-    devices = jax.devices() if devices is None else list(devices)
+        if not isinstance(size, int | np.integer) or size < 1:
+            raise ValueError(f"{name} is {size!r}; it must be an int: a mesh axis needs at least 1 device.")
+    if devices is None:
+        devices = jax.devices()
+    if not isinstance(devices, list | tuple | np.ndarray) or not all(isinstance(d, jax.Device) for d in devices):
+        raise ValueError(f"devices is {devices!r:.60}; it must be a list of jax devices, such as jax.devices()[:2].")
+    devices = list(devices)
     needed = data * seq
     if needed > len(devices):
         raise ValueError(
-            f"data × seq = {data} × {seq} needs {needed} devices, but there are {len(devices)} "
-            f"({devices[0].platform}). Choose a smaller mesh, or for a trial on CPU call "
+            f"data × seq = {data} × {seq} needs {needed} devices, but there are {len(devices)}"
+            f"{f' ({devices[0].platform})' if devices else ''}. Choose a smaller mesh, or for a trial on CPU call "
             f'jax.config.update("jax_num_cpu_devices", {needed}) before anything else.'
         )
+    if len(set(devices[:needed])) < needed:
+        raise ValueError(f"devices names a device twice among its first {needed}; each may be used once.")
     if needed == len(devices):
         return jax.make_mesh((data, seq), (DATA, SEQ), axis_types=(AxisType.Auto,) * 2, devices=devices)
     return Mesh(np.array(devices[:needed]).reshape(data, seq), (DATA, SEQ), axis_types=(AxisType.Auto,) * 2)

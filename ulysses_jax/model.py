@@ -14,10 +14,12 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array, lax
+from jax.core import Tracer
 
-from ulysses_jax.attention import Mask, dot_product_attention
+from ulysses_jax.attention import Mask, dot_product_attention, in_words
 from ulysses_jax.config import ModelConfig, RopeScaling
 from ulysses_jax.memory import rematerialize
 
@@ -131,6 +133,14 @@ class Transformer(nnx.Module):
         unshard: Unshard | None = None,
         rngs: nnx.Rngs,
     ):
+        for name, value, ok, wanted in (
+            ("config", config, isinstance(config, ModelConfig), "a ModelConfig, such as recipes.tiny()"),
+            ("attention", attention, callable(attention), "a function of (q, k, v), such as attention_fn(mesh)"),
+            ("unshard", unshard, unshard is None or callable(unshard), "a function of stored parameters, or None"),
+            ("rngs", rngs, isinstance(rngs, nnx.Rngs), "nnx.Rngs, such as nnx.Rngs(0)"),
+        ):
+            if not ok:
+                raise ValueError(f"{name} is {in_words(value)}; it must be {wanted}.")
         self.config, self.unshard = config, unshard
         self.embedding = Embedding(config, rngs=rngs)
 
@@ -162,6 +172,9 @@ class Transformer(nnx.Module):
 
         Returns:
           [B, T, V].
+
+        Raises:
+          ValueError: shapes or types that do not fit together; ids beyond the vocabulary, where they are known (outside `jit`).
         """
         return self.logits(self.features(tokens, segment_ids=segment_ids, positions=positions, mask=mask), self.output_table())
 
@@ -174,9 +187,8 @@ class Transformer(nnx.Module):
         mask: Mask | None = None,
     ) -> Array:
         """Everything but the output matrix: tokens [B, T] → [B, T, D], normalised. Arguments as in `__call__`."""
-        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-            raise ValueError(f"tokens is {tokens.dtype}{list(tokens.shape)}; it must be integers [B, T].")
         config = self.config
+        _check_tokens(tokens, segment_ids, positions, mask, config)
         if positions is None:
             positions = jnp.arange(tokens.shape[1])[None]
         angles = positions[..., None] * (2 * math.pi / rope_wavelengths(config))
@@ -204,6 +216,33 @@ class Transformer(nnx.Module):
             return module
         graph, stored = nnx.split(module)
         return nnx.merge(graph, self.unshard(stored))
+
+
+def _check_tokens(
+    tokens: Array, segment_ids: Array | None, positions: Array | None, mask: Mask | None, config: ModelConfig
+) -> None:
+    """Refuse what would fail deep inside, or be read wrongly: jax clamps an id beyond the table."""
+    if not _is_integers(tokens) or tokens.ndim != 2 or 0 in tokens.shape:
+        raise ValueError(f"tokens is {in_words(tokens)}; it must be an integer array [B, T], such as jnp.zeros((1, 8), int).")
+    B, T = tokens.shape
+    if positions is not None and not (_is_integers(positions) and positions.shape in ((B, T), (1, T))):
+        raise ValueError(
+            f"positions is {in_words(positions)}; it must be integers [B, T] = [{B}, {T}], as tokens. Leave it out for 0 … T−1."
+        )
+    if mask is not None and segment_ids is not None:
+        raise ValueError("mask was given together with segment_ids; put segment_ids into make_mask.")
+    if not isinstance(tokens, Tracer) and getattr(tokens, "is_fully_addressable", True):
+        known = np.asarray(tokens)  # numpy, because under a trace jax would stage even what is known
+        low, high = int(known.min()), int(known.max())
+        if low < 0 or high >= config.vocab_size:
+            raise ValueError(
+                f"tokens holds the id {low if low < 0 else high}; ids must be in [0, {config.vocab_size}). "
+                "Raise vocab_size, or use the tokenizer that the model was made for."
+            )
+
+
+def _is_integers(x: object) -> bool:
+    return isinstance(x, Array | np.ndarray) and jnp.issubdtype(x.dtype, jnp.integer)
 
 
 def rope_wavelengths(config: ModelConfig) -> Array:

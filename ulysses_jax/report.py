@@ -18,7 +18,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from ulysses_jax.config import TrainConfig, to_dict
 
@@ -26,6 +26,7 @@ __all__ = [
     "Metrics",
     "Reporter",
     "claim",
+    "conclude",
     "describe",
     "draw_losses",
     "read_metrics",
@@ -71,15 +72,18 @@ def claim(out: Path, config: TrainConfig, corpus: str, *, write: bool = True) ->
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ValueError(f"--out {out} is occupied and is no run of ulysses (it has no config.json); name another folder.")
         if write:
-            out.mkdir(parents=True, exist_ok=True)
-            text = json.dumps({"config": to_dict(config), "corpus": corpus}, indent=2)
-            path.with_suffix(".tmp").write_text(text + "\n")
-            path.with_suffix(".tmp").replace(path)
+            try:
+                out.mkdir(parents=True, exist_ok=True)
+                text = json.dumps({"config": to_dict(config), "corpus": corpus}, indent=2)
+                path.with_suffix(".tmp").write_text(text + "\n")
+                path.with_suffix(".tmp").replace(path)
+            except OSError as error:
+                raise ValueError(f"--out {out} cannot be written ({error.strerror}); name a folder that can.") from None
         return
     try:
         stored = json.loads(path.read_text())
-        before, corpus_before = stored["config"], stored["corpus"]
-    except (ValueError, KeyError, TypeError):
+        before, corpus_before = dict(stored["config"]), stored["corpus"]
+    except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(f"--out {out} is damaged: {path} cannot be read. Restore that file, or name another folder.") from None
     now = json.loads(json.dumps(to_dict(config)))
     if changed := _differences(before, now):
@@ -106,8 +110,9 @@ def read_summary(out: Path) -> Metrics | None:
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text())
-    except ValueError:
+        summary = json.loads(path.read_text())
+        return {name: float(summary[name]) for name in {"step": 0, "eval_loss": 0} | summary}
+    except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(f"--out {out} is damaged: {path} cannot be read. Remove that file to have it made again.") from None
 
 
@@ -118,6 +123,21 @@ def describe(summary: Metrics) -> str:
         text += f" = {summary['eval_bits_per_byte']:.3f} bits a byte; the bytes' own unigram entropy is "
         text += f"{summary['unigram_bits_per_byte']:.3f} bits"
     return text
+
+
+def conclude(console: Console, out: Path, summary: Metrics) -> None:
+    """A complete run's summary as a small table."""
+    rows = {"steps": f"{summary['step']:.0f}"}
+    for name, key, form in (
+        ("training loss, last step", "loss", "{:.4f} nats a token"),
+        ("held-out loss", "eval_loss", "{:.4f} nats a token"),
+        ("held-out bits a byte", "eval_bits_per_byte", "{:.3f}"),
+        ("the bytes' own unigram entropy", "unigram_bits_per_byte", "{:.3f} bits"),
+        ("speed, median", "tokens_per_s", "{:,.0f} tokens/s"),
+    ):
+        if key in summary:
+            rows[name] = form.format(summary[key])
+    show(console, f"{out} is complete", rows | {"curve": "loss.png"})
 
 
 def _differences(before: dict, now: dict, prefix: str = "") -> list[tuple[str, object, object]]:
@@ -161,15 +181,16 @@ def reporting(config: TrainConfig, out: Path, console: Console, *, first_step: i
     kept = [line for line in read_metrics(path) if line["step"] <= first_step]
     path.write_text("".join(json.dumps(line) + "\n" for line in kept))
     bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=15),
         MofNCompleteColumn(),
-        TimeRemainingColumn(),
+        TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+        TimeRemainingColumn(compact=True),
+        TextColumn("left"),
         console=console,
         disable=not console.is_terminal,
     )
     with bar, path.open("a", buffering=1) as file:
-        task = bar.add_task("training", total=config.steps, completed=first_step)
+        task = bar.add_task("compiling", total=config.steps, completed=first_step)
 
         def write(metrics: Metrics) -> None:
             file.write(json.dumps(metrics) + "\n")
@@ -184,13 +205,15 @@ def reporting(config: TrainConfig, out: Path, console: Console, *, first_step: i
 
 
 def read_metrics(path: Path) -> list[Metrics]:
-    """The lines of a `metrics.jsonl`; a last line cut short by a crash is left out."""
+    """The lines of a `metrics.jsonl`, up to one that a crash cut short or damaged."""
     lines = []
-    for text in path.read_text().splitlines() if path.exists() else []:
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
-            lines.append(json.loads(text))
-        except ValueError:
+            line = json.loads(text)
+            float(line["step"])
+        except (ValueError, TypeError, KeyError):
             break
+        lines.append(line)
     return lines
 
 
@@ -214,7 +237,7 @@ def draw_losses(metrics: list[Metrics], path: Path, *, baseline: tuple[str, floa
 
 def show(console: Console, title: str, rows: dict[str, str]) -> None:
     """Names and values as a small table."""
-    table = Table(title=title, show_header=False, title_justify="left")
+    table = Table("", Column(overflow="fold"), title=title, show_header=False, title_justify="left")
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table, highlight=False)
@@ -224,23 +247,27 @@ def _line(metrics: Metrics) -> str:
     parts = [f"loss {metrics['loss']:.4f}"] if "loss" in metrics else [f"held-out loss {metrics['eval_loss']:.4f}"]
     if "tokens_per_s" in metrics:
         parts.append(f"{metrics['tokens_per_s']:,.0f} tokens/s")
-        parts.append(f"{metrics['model_tflops_per_device']:.3g} TFLOP/s a device")
+        parts.append(f"{metrics['model_tflops_per_device']:.4g} TFLOP/s/device")
     return "  ".join(parts)
 
 
 def _trackers(config: TrainConfig, out: Path) -> list[Callable[[Metrics], None]]:
-    trackers = []
+    trackers, package = [], "tensorboardx"
     try:
         if config.tensorboard:
             from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
 
             board = SummaryWriter(str(out / "tensorboard"))
             trackers.append(lambda m: [board.add_scalar(k, v, int(m["step"])) for k, v in m.items() if k != "step"])
+        package = "wandb"
         if config.wandb:
             import wandb  # pyright: ignore[reportMissingImports]
 
             run = wandb.init(project=config.wandb, name=out.name, dir=str(out), config=to_dict(config), resume="allow")
             trackers.append(lambda m: run.log({k: v for k, v in m.items() if k != "step"}, step=int(m["step"])))
-    except ModuleNotFoundError as error:
-        raise ValueError(f"tracking needs the package {error.name}; pip install 'ulysses-jax[tracking]'.") from None
+    except ModuleNotFoundError:
+        name, value = ("tensorboard", True) if package == "tensorboardx" else ("wandb", config.wandb)
+        raise ValueError(
+            f"{name} is {value!r}, which needs the package {package}: pip install 'ulysses-jax[tracking]', or leave it out."
+        ) from None
     return trackers

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import jax
 from jax.experimental import multihost_utils
@@ -25,26 +25,49 @@ def initialize(mesh_size: int) -> None:
       mesh_size: devices of the whole mesh; on CPU each process makes its share of them.
 
     Raises:
-      ValueError: an incomplete set of variables, or processes that do not divide the mesh.
+      ValueError: an incomplete set of variables, processes that do not divide the mesh, or a platform without devices.
     """
-    processes = 1
-    if "JAX_COORDINATOR_ADDRESS" in os.environ:
-        try:
-            processes, index = int(os.environ["JAX_NUM_PROCESSES"]), int(os.environ["JAX_PROCESS_ID"])
-        except (KeyError, ValueError):
+    processes, index, coordinator = 1, 0, os.environ.get("JAX_COORDINATOR_ADDRESS")
+    under_slurm = coordinator is None and "SLURM_STEP_ID" in os.environ
+    if coordinator is not None:
+        processes, index = _integer("JAX_NUM_PROCESSES"), _integer("JAX_PROCESS_ID")
+        if not 0 <= index < processes:
             raise ValueError(
-                "JAX_COORDINATOR_ADDRESS is set, so JAX_NUM_PROCESSES and JAX_PROCESS_ID must be set to integers as well."
-            ) from None
-        jax.distributed.initialize(os.environ["JAX_COORDINATOR_ADDRESS"], processes, index)
-    elif int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_ID" in os.environ:
-        jax.distributed.initialize()
-        processes = int(os.environ["SLURM_NTASKS"])
+                f"JAX_PROCESS_ID is {index} and JAX_NUM_PROCESSES {processes}; processes are numbered from 0, so the id must "
+                "be less than their number. Give each process its own."
+            )
+    elif under_slurm:
+        processes = int(os.environ.get("SLURM_NTASKS", "1"))
     if mesh_size % processes:
         raise ValueError(
             f"the mesh has {mesh_size} devices, which {processes} processes cannot share evenly; choose mesh.data × mesh.seq "
             f"as a multiple of {processes}."
         )
-    jax.config.update("jax_num_cpu_devices", max(mesh_size // processes, 1))
+    if coordinator is not None:
+        jax.distributed.initialize(coordinator, processes, index)
+    elif processes > 1:
+        jax.distributed.initialize()
+    with suppress(RuntimeError):  # jax has made its devices already, in a notebook for example: make_mesh counts them
+        jax.config.update("jax_num_cpu_devices", mesh_size // processes)
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        platforms = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
+        reason = (str(error).splitlines() or ["no backend"])[0]
+        raise ValueError(
+            f"jax finds no device with JAX_PLATFORMS={platforms or ''} ({reason}). Unset JAX_PLATFORMS, or install the jax "
+            "that fits this machine."
+        ) from None
+
+
+def _integer(name: str) -> int:
+    try:
+        return int(os.environ[name])
+    except (KeyError, ValueError):
+        raise ValueError(
+            f"JAX_COORDINATOR_ADDRESS is set, but {name} is {os.environ.get(name)!r}; it must be an integer. Set "
+            "JAX_NUM_PROCESSES and JAX_PROCESS_ID for each process, or unset JAX_COORDINATOR_ADDRESS."
+        ) from None
 
 
 class Stop:

@@ -5,6 +5,7 @@ crossing in it is one the code names: the model's all-to-alls, ZeRO's gathers an
 optimizer's update is elementwise and runs outside, on arrays that named shardings keep divided.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -30,8 +31,8 @@ from ulysses_jax.config import OptimizerConfig, TrainConfig
 from ulysses_jax.data import END, Corpus, Packing, byte_entropy, open_corpus, place, read_ahead
 from ulysses_jax.mesh import DATA, SEQ, make_mesh, token_spec
 from ulysses_jax.model import Transformer
-from ulysses_jax.report import claim, describe, draw_losses, read_metrics, read_summary, reporting
-from ulysses_jax.runtime import stopping
+from ulysses_jax.report import claim, conclude, describe, draw_losses, read_metrics, read_summary, reporting
+from ulysses_jax.runtime import Stop, stopping
 from ulysses_jax.ulysses import ShardAttention
 from ulysses_jax.zero import Stored, Unshard, hold, zero_shardings
 
@@ -170,10 +171,16 @@ def batch_shapes(config: TrainConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStr
     return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=at) for name, dtype in names.items()}
 
 
-def run(config: TrainConfig, out: Path, console: Console | None = None) -> dict[str, float] | None:
+def run(config: TrainConfig, out: Path, console: Console | None = None, *, stop: Stop | None = None) -> dict[str, float] | None:
     """Train to the end, or go on where a run in `out` stopped.
 
     The folder holds `config.json`, `metrics.jsonl`, `checkpoints/`, and at the end `summary.json` and `loss.png`.
+
+    Args:
+      config: the whole run.
+      out: its folder.
+      console: where it tells of itself.
+      stop: asks it to stop; by default it listens to SIGINT and SIGTERM itself.
 
     Returns:
       the summary, or None where the run was asked to stop; its state is saved then.
@@ -199,7 +206,8 @@ def run(config: TrainConfig, out: Path, console: Console | None = None) -> dict[
         return summary
 
     program = build(config, mesh)
-    with Checkpoints(out / "checkpoints", keep=config.checkpoint.keep) as checkpoints, stopping() as stop:
+    listening = stopping() if stop is None else contextlib.nullcontext(stop)
+    with Checkpoints(out / "checkpoints", keep=config.checkpoint.keep) as checkpoints, listening as stop:
         first, state = checkpoints.restore(program.abstract) or (0, None)
         if first:
             console.print(f"continuing from step {first}", highlight=False)
@@ -217,7 +225,7 @@ def run(config: TrainConfig, out: Path, console: Console | None = None) -> dict[
         summary = _summary(program, state, corpus, out)
     if speaks:
         _finish(out, summary)
-        console.print(f"{out}: {describe(summary)}", highlight=False)
+        conclude(console, out, summary)
     return summary
 
 

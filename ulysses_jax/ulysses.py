@@ -23,16 +23,20 @@ from typing import cast
 import jax
 from jax import Array, lax
 from jax.core import Tracer
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ulysses_jax.attention import (
     Mask,
     Segments,
     Window,
     check_heads,
+    check_mask,
+    check_options,
     dot_product_attention,
+    in_words,
     make_mask,
     normalize_window,
+    pair_of_ids,
 )
 from ulysses_jax.config import check_degree
 from ulysses_jax.mesh import DATA, SEQ, axes_size
@@ -54,11 +58,13 @@ def seq_to_heads(x: Array, axis_name: str) -> Array:
 
     Device p ends with heads p·N/P … (p+1)·N/P − 1 of every token, tokens in mesh order.
     """
+    _check_split(x, axis_name, dim=2, letters="[B, T/P, N, H]")
     return lax.all_to_all(x, axis_name, split_axis=2, concat_axis=1, tiled=True)
 
 
 def heads_to_seq(x: Array, axis_name: str) -> Array:
     """[B, T, N/P, H] → [B, T/P, N, H] over the mesh axis `axis_name`; the inverse of `seq_to_heads`."""
+    _check_split(x, axis_name, dim=1, letters="[B, T, N/P, H]")
     return lax.all_to_all(x, axis_name, split_axis=1, concat_axis=2, tiled=True)
 
 
@@ -105,11 +111,11 @@ def ulysses_attention_shard(
       ValueError: heads that P does not divide, or shapes that do not fit.
     """
     check_heads(q, k, v)
-    degree = lax.axis_size(axis_name)
+    degree = _degree(axis_name)
     check_degree(q.shape[2], k.shape[2], degree, axis_name)
     if segment_ids is not None:
-        pair = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
-        segment_ids = tuple(_whole_ids(ids, x.shape[1], degree, axis_name) for ids, x in zip(pair, (q, k), strict=True))  # pyright: ignore[reportAssignmentType]
+        pair = zip(pair_of_ids(segment_ids), (q, k), strict=True)
+        segment_ids = tuple(_whole_ids(ids, x.shape[1], degree, axis_name) for ids, x in pair)  # pyright: ignore[reportAssignmentType]
     k, v = repeat_kv_heads(k, degree), repeat_kv_heads(v, degree)
     out = dot_product_attention(
         *(seq_to_heads(x, axis_name) for x in (q, k, v)),
@@ -166,13 +172,16 @@ def ulysses_attention(
       >>> mesh = make_mesh(data=2, seq=4)
       >>> out = ulysses_attention(q, k, v, mesh=mesh, is_causal=True)
     """
-    batch_axes = (batch_axes,) if isinstance(batch_axes, str) else tuple(batch_axes)
+    batch_axes = _axes(batch_axes)
     check_heads(q, k, v)
-    _check_mesh(q, k, mesh, seq_axis, batch_axes, head_axis)
-    if mask is not None and not isinstance(mask, Mask):
-        dot_product_attention(q, k, v, mask=mask)  # refuses it, with the reason
-    if segment_ids is not None:  # checks the shapes here, where the whole lengths are known
-        make_mask(q.shape[1], k.shape[1], segment_ids=segment_ids)
+    _check_axes(mesh, seq_axis, batch_axes, head_axis)
+    _check_sizes(q, k, mesh, seq_axis, batch_axes, head_axis)
+    is_causal, scale, logits_soft_cap = check_options(is_causal, scale, logits_soft_cap, implementation)
+    if segment_ids is not None:  # checks the shapes here, where the whole sizes are known
+        ids = jax.eval_shape(lambda pair: make_mask(q.shape[1], k.shape[1], segment_ids=pair), pair_of_ids(segment_ids))
+        check_mask(ids, q.shape[0], q.shape[1], k.shape[1])
+    if mask is not None:
+        check_mask(mask, q.shape[0], q.shape[1], k.shape[1])
 
     tokens, whole = PartitionSpec(batch_axes or None, seq_axis, head_axis), PartitionSpec(batch_axes or None)
     options = {
@@ -308,13 +317,52 @@ def attention_fn(mesh: Mesh, **options) -> FlaxAttention:
     Example:
       >>> layer = nnx.MultiHeadAttention(8, 512, attention_fn=attention_fn(mesh, is_causal=True), decode=False, rngs=rngs)
     """
-    return FlaxAttention(mesh=mesh, **options)
+    known = {field.name for field in dataclasses.fields(FlaxAttention)} - {"mesh"}
+    if unknown := sorted(options.keys() - known):
+        raise ValueError(
+            f"attention_fn has no option {unknown[0]!r}; the options are {', '.join(sorted(known))}. "
+            "mask and segment_ids are given to the layer's call."
+        )
+    options["batch_axes"] = _axes(options.get("batch_axes", (DATA,)))
+    attention = FlaxAttention(mesh=mesh, **options)
+    _check_axes(mesh, attention.seq_axis, attention.batch_axes, attention.head_axis)
+    check_options(attention.is_causal, attention.scale, attention.logits_soft_cap, attention.implementation)
+    normalize_window(attention.local_window_size)
+    return attention
 
 
-def _check_mesh(q: Array, k: Array, mesh: Mesh, seq_axis: str, batch_axes: tuple[str, ...], head_axis: str | None) -> None:
+def _degree(axis_name: str) -> int:
+    """P, the size of a mesh axis inside `shard_map`."""
+    try:
+        return lax.axis_size(axis_name)
+    except NameError:
+        raise ValueError(
+            f"axis_name is {axis_name!r}, but the code does not run inside a shard_map over a mesh axis of that name. Pass "
+            "axis_name= with your axis inside shard_map, or call ulysses_attention on global arrays."
+        ) from None
+
+
+def _check_split(x: Array, axis_name: str, *, dim: int, letters: str) -> None:
+    degree = _degree(axis_name)
+    if x.ndim != 4:
+        raise ValueError(f"x has shape {list(x.shape)}; it must be {letters}.")
+    if x.shape[dim] % degree:
+        raise ValueError(
+            f"x has shape {list(x.shape)}, {letters}; dim {dim} must be a multiple of P = {degree}, the size of mesh axis "
+            f"{axis_name!r}. Pad it, or use a smaller degree."
+        )
+
+
+def _axes(batch_axes: Sequence[str] | str | None) -> tuple[str, ...]:
+    return (batch_axes,) if isinstance(batch_axes, str) else tuple(batch_axes or ())
+
+
+def _check_axes(mesh: Mesh, seq_axis: str, batch_axes: tuple[str, ...], head_axis: str | None) -> None:
+    if not isinstance(mesh, Mesh | AbstractMesh):
+        raise ValueError(f"mesh is {in_words(mesh)}; it must be a jax.sharding.Mesh, such as make_mesh(data=2, seq=4).")
     named = [("seq_axis", seq_axis), *(("batch_axes", axis) for axis in batch_axes)]
     for argument, axis in named + ([("head_axis", head_axis)] if head_axis else []):
-        if axis not in mesh.shape:
+        if axis not in mesh.axis_names:
             raise ValueError(
                 f"{argument} names {axis!r}, but the mesh has axes {mesh.axis_names}. Pass {argument}= with one of those"
                 + (" (or batch_axes=() for none)." if argument == "batch_axes" else ".")
@@ -322,6 +370,9 @@ def _check_mesh(q: Array, k: Array, mesh: Mesh, seq_axis: str, batch_axes: tuple
     used = [axis for _, axis in named] + ([head_axis] if head_axis else [])
     if len(set(used)) < len(used):
         raise ValueError(f"seq_axis, batch_axes and head_axis name {used}; each mesh axis may be used once.")
+
+
+def _check_sizes(q: Array, k: Array, mesh: Mesh, seq_axis: str, batch_axes: tuple[str, ...], head_axis: str | None) -> None:
     split_heads = mesh.shape[head_axis] if head_axis else 1
     for what, size, axes in (
         ("batch B", q.shape[0], batch_axes),

@@ -46,13 +46,18 @@ def zero_shardings(
       Three trees of `NamedSharding`, shaped like `params`, `params` and `opt_state`.
 
     Raises:
-      ValueError: an unknown stage.
+      ValueError: an unknown stage, no mesh, or a leaf that is no array.
     """
-    if stage not in (0, 1, 2, 3):
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         raise ValueError(f"stage is {stage!r}; ZeRO has stages 0, 1, 2 and 3.")
+    if not isinstance(mesh, Mesh):
+        raise ValueError(f"mesh is {mesh!r:.60}; it must be a jax.sharding.Mesh, such as make_mesh(data=2, seq=4).")
 
     def shardings(tree: Tree, divided: bool) -> Tree:
         def one(path, leaf) -> NamedSharding:
+            if not hasattr(leaf, "shape"):
+                name = jax.tree_util.keystr(path, simple=True, separator=".")
+                raise ValueError(f"leaf {name} is {leaf!r:.60}; leaves must be arrays or jax.ShapeDtypeStruct.")
             dim = divided_dim(path, leaf.shape, mesh.size, stacked) if divided else None
             return NamedSharding(mesh, _spec(dim, mesh))
 
@@ -98,7 +103,14 @@ def hold(params: Tree, param_shardings: Tree, grad_shardings: Tree) -> Tree:
       params: this device's part, as `param_shardings` divides it.
       param_shardings: the first of `zero_shardings`.
       grad_shardings: the second; the gradient of each `piece` comes out divided as it says.
+
+    Raises:
+      ValueError: shardings made for other parameters.
     """
+    if not jax.tree.structure(params) == jax.tree.structure(param_shardings) == jax.tree.structure(grad_shardings):
+        raise ValueError(
+            "params and its shardings differ in their keys; make the shardings for these parameters: zero_shardings(params, …)."
+        )
 
     def one(x: Array, param: NamedSharding, grad: NamedSharding) -> Stored:
         axes, dim = grad.mesh.axis_names, _dim_of(grad, x.ndim)

@@ -5,13 +5,15 @@ This room knows no mesh. `ulysses_jax.ulysses` puts it between two all-to-alls.
 
 import functools
 import logging
+import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from ulysses_jax.attention.blocked import blocked_attention
-from ulysses_jax.attention.masks import Mask, Segments, Window, make_mask, normalize_window
+from ulysses_jax.attention.masks import Mask, Segments, Window, in_words, make_mask, normalize_window, pair_of_ids
 from ulysses_jax.attention.reference import reference_attention
 
 __all__ = [
@@ -20,9 +22,13 @@ __all__ = [
     "Segments",
     "Window",
     "check_heads",
+    "check_mask",
+    "check_options",
     "dot_product_attention",
+    "in_words",
     "make_mask",
     "normalize_window",
+    "pair_of_ids",
 ]
 
 IMPLEMENTATIONS = ("cudnn", "xla", "reference")
@@ -69,25 +75,15 @@ def dot_product_attention(
       NotImplementedError: the implementation named lacks an option asked for.
     """
     check_heads(q, k, v)
+    is_causal, scale, logits_soft_cap = check_options(is_causal, scale, logits_soft_cap, implementation)
     if mask is None:
         mask = make_mask(
             q.shape[1], k.shape[1], is_causal=is_causal, local_window_size=local_window_size, segment_ids=segment_ids
         )
-    elif not isinstance(mask, Mask):
-        raise ValueError(
-            f"mask is a {type(mask).__name__}; it must come from make_mask. A dense [T, S] mask cannot scale to long "
-            "sequences: say the same with is_causal, local_window_size or segment_ids."
-        )
-    elif is_causal or local_window_size is not None or segment_ids is not None:
+    elif isinstance(mask, Mask) and (is_causal or local_window_size is not None or segment_ids is not None):
         raise ValueError("mask was given together with is_causal, local_window_size or segment_ids; put them into make_mask.")
-    if (mask.query_length, mask.key_length) != (q.shape[1], k.shape[1]):
-        raise ValueError(
-            f"mask was made for T = {mask.query_length}, S = {mask.key_length}, but q has T = {q.shape[1]} and k has "
-            f"S = {k.shape[1]}; make it with make_mask({q.shape[1]}, {k.shape[1]})."
-        )
-    if logits_soft_cap is not None and logits_soft_cap <= 0:
-        raise ValueError(f"logits_soft_cap is {logits_soft_cap}; it must be > 0. Leave it out for no cap.")
-    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
+    check_mask(mask, q.shape[0], q.shape[1], k.shape[1])
+    scale = float(q.shape[-1] ** -0.5) if scale is None else scale
     if implementation is None:
         implementation = _choose(q, mask, logits_soft_cap, return_residual)
     match implementation:
@@ -98,10 +94,11 @@ def dot_product_attention(
         case "cudnn":
             if lacking := _cudnn_lacks(q, mask, logits_soft_cap, return_residual):
                 raise NotImplementedError(f"implementation='cudnn' cannot do {lacking}; use implementation='xla'.")
+            if (backend := jax.default_backend()) != "gpu":
+                raise ValueError(f"implementation='cudnn' needs an NVIDIA GPU, but the backend is {backend!r}; use 'xla'.")
             return _cudnn(q, k, v, mask, scale)
         case _:
-            known = ", ".join(IMPLEMENTATIONS)
-            raise ValueError(f"implementation is {implementation!r}; it must be None or one of {known}.")
+            raise AssertionError("unreachable")
     return (out, lse) if return_residual else out
 
 
@@ -112,10 +109,17 @@ def check_heads(q: Array, k: Array, v: Array) -> None:
       ValueError: naming the argument, its shape and the relation it breaks.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Array | np.ndarray):
+            raise ValueError(f"{name} is {in_words(x)}; it must be an array [batch, length, heads, head size].")
         if x.ndim != 4:
             raise ValueError(f"{name} has shape {list(x.shape)}; it must be [batch, length, heads, head size].")
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise ValueError(f"{name} has dtype {x.dtype}; it must be a float. Cast it, e.g. {name}.astype(jnp.bfloat16).")
+        if 0 in x.shape:
+            raise ValueError(f"{name} has shape {list(x.shape)}; every dim must be at least 1. Leave empty batches out.")
+        if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize < 2:
+            raise ValueError(
+                f"{name} has dtype {x.dtype}; it must be bfloat16, float16, float32 or float64. "
+                f"Cast it, e.g. {name}.astype(jnp.bfloat16)."
+            )
     if k.shape != v.shape:
         raise ValueError(f"k has shape {list(k.shape)} and v {list(v.shape)}; they must be equal [B, S, K, H].")
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
@@ -126,6 +130,57 @@ def check_heads(q: Array, k: Array, v: Array) -> None:
         )
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; they must be equal. Cast them to one.")
+
+
+def check_options(
+    is_causal: bool, scale: float | None, logits_soft_cap: float | None, implementation: str | None
+) -> tuple[bool, float | None, float | None]:
+    """(is_causal, scale, logits_soft_cap) as Python values, which a compiled program holds as constants.
+
+    Raises:
+      ValueError: a traced or non-finite number, a cap ≤ 0, an unknown implementation.
+    """
+    if not isinstance(is_causal, bool | np.bool_):
+        raise ValueError(f"is_causal is {in_words(is_causal)}; it must be True or False, known before compiling.")
+    numbers = []
+    for name, value, way_out in (
+        ("scale", scale, "To learn or trace a scale, multiply q by it and pass scale=1.0."),
+        ("logits_soft_cap", logits_soft_cap, "Leave it out for no cap."),
+    ):
+        try:
+            number = None if value is None else float(value)
+        except (TypeError, ValueError):  # jax's own errors for tracers and arrays of several elements among them
+            number = math.nan
+        if number is not None and not (math.isfinite(number) and (name == "scale" or number > 0)):
+            relation = "a finite number" if name == "scale" else "a finite number > 0"
+            raise ValueError(f"{name} is {in_words(value)}; it must be {relation}, known before compiling. {way_out}")
+        numbers.append(number)
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        known = ", ".join(IMPLEMENTATIONS)
+        raise ValueError(f"implementation is {implementation!r}; it must be None or one of {known}.")
+    return bool(is_causal), *numbers
+
+
+def check_mask(mask: Mask, batch: int, query_length: int, key_length: int) -> None:
+    """Refuse a mask that did not come from `make_mask`, or was made for other sizes.
+
+    Raises:
+      ValueError: saying which.
+    """
+    if not isinstance(mask, Mask):
+        raise ValueError(
+            f"mask is {in_words(mask)}; it must come from make_mask. A dense [T, S] mask cannot scale to long sequences: "
+            "say the same with is_causal, local_window_size or segment_ids."
+        )
+    if (mask.query_length, mask.key_length) != (query_length, key_length):
+        raise ValueError(
+            f"mask was made for T = {mask.query_length}, S = {mask.key_length}, but q has T = {query_length} and k has "
+            f"S = {key_length}; make it with make_mask({query_length}, {key_length})."
+        )
+    if mask.query_ids is not None and mask.query_ids.shape[0] != batch:
+        raise ValueError(
+            f"segment_ids are for a batch of {mask.query_ids.shape[0]}, but q has B = {batch}; give one row for each sequence."
+        )
 
 
 def _choose(q: Array, mask: Mask, soft_cap: float | None, residual: bool) -> str:

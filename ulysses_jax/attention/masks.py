@@ -12,9 +12,11 @@ still forbidden, it hides element by element with `visible`.
 """
 
 import dataclasses
+import operator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 __all__ = ["Mask", "Window", "make_mask", "normalize_window"]
@@ -40,6 +42,7 @@ class Mask:
     key_ids: Array | None = None  # [B, S] int32
     key_range: tuple[Array, Array] | None = None  # two of [B, T] int32
     query_range: tuple[Array, Array] | None = None  # two of [B, S] int32
+    contiguous: Array | None = None  # [B] bool: every id is one run of tokens
 
     def visible(self, t: Array, s: Array) -> Array:
         """May query t see key s? Indices broadcast against each other; answers [B or 1, …], out-of-range keys are hidden.
@@ -97,20 +100,33 @@ def make_mask(
       segment_ids: integers [B, T], or a pair ([B, T], [B, S]); a query sees the keys that carry its id.
 
     Raises:
-      ValueError: a window that is negative, or ids whose shapes do not match T and S.
+      ValueError: a length below 1, a window that is negative, or ids whose shapes do not match T and S.
     """
     key_length = query_length if key_length is None else key_length
+    for name, length in (("query_length", query_length), ("key_length", key_length)):
+        if not isinstance(length, int | np.integer) or length < 1:
+            raise ValueError(f"{name} is {in_words(length)}; it must be an int ≥ 1, such as q.shape[1].")
+    if not isinstance(is_causal, bool | np.bool_):
+        raise ValueError(f"is_causal is {in_words(is_causal)}; it must be True or False, known before compiling.")
+    query_length, key_length, is_causal = int(query_length), int(key_length), bool(is_causal)
     window = normalize_window(local_window_size)
     if segment_ids is None:
         return Mask(query_length=query_length, key_length=key_length, is_causal=is_causal, window=window)
-    query_ids, key_ids = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
+    query_ids, key_ids = pair_of_ids(segment_ids)
     for ids, length, letter in ((query_ids, query_length, "T"), (key_ids, key_length, "S")):
         if ids.ndim != 2 or ids.shape[1] != length or not jnp.issubdtype(ids.dtype, jnp.integer):
             raise ValueError(
                 f"segment_ids is {ids.dtype}{list(ids.shape)}; it must be integers [B, {letter}] with {letter} = {length}. "
                 "Where T and S differ, pass a pair (query_ids [B, T], key_ids [B, S])."
             )
-    query_ids, key_ids = query_ids.astype(jnp.int32), key_ids.astype(jnp.int32)
+    if query_ids.shape[0] != key_ids.shape[0]:
+        raise ValueError(
+            f"segment_ids are for {query_ids.shape[0]} sequences of queries and {key_ids.shape[0]} of keys; both must be B."
+        )
+    for ids in (query_ids, key_ids):
+        if isinstance(ids, np.ndarray) and ids.size and np.abs(ids).max() > np.iinfo(np.int32).max:
+            raise ValueError(f"segment_ids holds {np.abs(ids).max()}; ids must fit in int32. Number the segments from 1.")
+    query_ids, key_ids = (jnp.asarray(ids, jnp.int32) for ids in (query_ids, key_ids))
     return Mask(
         query_length=query_length,
         key_length=key_length,
@@ -120,6 +136,7 @@ def make_mask(
         key_ids=key_ids,
         key_range=_range_of(query_ids, key_ids),
         query_range=_range_of(key_ids, query_ids),
+        contiguous=_is_contiguous(query_ids) & _is_contiguous(key_ids),
     )
 
 
@@ -127,12 +144,41 @@ def normalize_window(window: Window) -> tuple[int, int] | None:
     """`(left, right)` from an int, a pair or None."""
     if window is None:
         return None
-    left, right = (window, window) if isinstance(window, int) else window
-    if left < 0 or right < 0:
+    try:
+        left, right = map(operator.index, window if isinstance(window, tuple | list) else (window, window))
+    except (TypeError, ValueError):  # not integers, or not two
+        left = right = -1
+    if left < 0 or right < 0 or isinstance(window, bool):
         raise ValueError(
-            f"local_window_size is {window}; both sides must be ≥ 0 (0 sees only itself). Leave it out for no window."
+            f"local_window_size is {in_words(window)}; it must be an int or (left, right), both sides ≥ 0 (0 sees only "
+            "itself). Leave it out for no window."
         )
-    return int(left), int(right)
+    return left, right
+
+
+def pair_of_ids(segment_ids: Segments) -> tuple[Array, Array]:
+    """(query ids, key ids) from one array for both, or a pair.
+
+    Raises:
+      ValueError: anything else than one array or two.
+    """
+    pair = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
+    if len(pair) != 2 or not all(isinstance(ids, Array | np.ndarray) for ids in pair):
+        raise ValueError(
+            f"segment_ids is {in_words(segment_ids)}; it must be an integer array [B, T], or a pair (query_ids [B, T], "
+            "key_ids [B, S]). Convert lists with jnp.asarray."
+        )
+    return pair  # pyright: ignore[reportReturnType]
+
+
+def in_words(x: object) -> str:
+    """A value for an error message: type and shape of an array (traced or not), the length of a list, else its repr."""
+    if isinstance(x, Array | np.ndarray) or hasattr(x, "aval"):
+        return f"an array {x.dtype}{list(x.shape)}"  # pyright: ignore[reportAttributeAccessIssue]
+    if isinstance(x, tuple | list) and not all(isinstance(item, int | float | str | None) for item in x):
+        return f"a {type(x).__name__} of {len(x)}"
+    text = repr(x)
+    return text if len(text) <= 60 else f"a {type(x).__name__}"
 
 
 def tile_range(first: Array, end: Array, tile: int, step: int) -> tuple[Array, Array]:
@@ -147,6 +193,31 @@ def tile_range(first: Array, end: Array, tile: int, step: int) -> tuple[Array, A
     lo = jnp.pad(jnp.where(empty, big, first).min(0), (0, pad), constant_values=big).reshape(-1, tile).min(1)
     hi = jnp.pad(jnp.where(empty, 0, end).max(0), (0, pad)).reshape(-1, tile).max(1)
     return jnp.where(hi > 0, lo // step, 0), -(-hi // step)
+
+
+def tile_ranges(first: Array, end: Array, tile: int, step: int) -> Array:
+    """For each run of `tile` rows, in tiles of `step`: first and end of those to visit, first and end of those full.
+
+    `first`, `end` are [B or 1, rows] int32; answers [B or 1, ceil(rows / tile), 4] int32. A full tile is seen whole by every
+    row of the run. The rows that pad the last run count as its last row.
+    """
+    empty, pad = first >= end, -first.shape[1] % tile
+
+    def runs(x: Array) -> Array:
+        return jnp.pad(x, ((0, 0), (0, pad)), mode="edge").reshape(x.shape[0], -1, tile)
+
+    seen_first = runs(jnp.where(empty, jnp.iinfo(jnp.int32).max, first)).min(2)
+    seen_end = runs(jnp.where(empty, 0, end)).max(2)
+    visit = jnp.where(seen_end > 0, seen_first // step, 0), -(-seen_end // step)
+    full = -(-runs(first).max(2) // step), runs(jnp.where(empty, 0, end)).min(2) // step
+    return jnp.stack([*visit, *full], axis=-1).astype(jnp.int32)
+
+
+def _is_contiguous(ids: Array) -> Array:
+    """[B, n] → [B]: no id comes back after another one."""
+    starts = (ids[:, 1:] != ids[:, :-1]).sum(1)
+    ranked = jnp.sort(ids, axis=1)
+    return starts == (ranked[:, 1:] != ranked[:, :-1]).sum(1)
 
 
 def _range_of(ids: Array, among: Array) -> tuple[Array, Array]:

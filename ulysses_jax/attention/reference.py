@@ -29,7 +29,8 @@ def reference_attention(
     visible = mask.visible(jnp.arange(T)[:, None], jnp.arange(S)[None, :])[:, None, None]
     lowest = jnp.finfo(dtype).min
     top = jnp.where(visible, logits, lowest).max(-1, keepdims=True)
-    weights = jnp.where(visible, jnp.exp(logits - lax.stop_gradient(top)), 0)
+    # The mask goes inside: an exp of hidden logits may overflow, and 0 · inf in the backward is NaN.
+    weights = jnp.exp(jnp.where(visible, logits - lax.stop_gradient(top), -jnp.inf))
     total = weights.sum(-1, keepdims=True)
     seen = total > 0
     out = jnp.einsum("bkgts,bskh->btkgh", weights / jnp.where(seen, total, 1), v.astype(dtype), precision=lax.Precision.HIGHEST)

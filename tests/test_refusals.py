@@ -1,0 +1,542 @@
+"""Every misuse of the public functions and of the command line is refused in one line: the value, the relation, the way out.
+
+`TABLE` is the list; each row is a test, and `python -m tests.test_refusals` writes it for people to `REFUSALS.md`.
+"""
+
+import contextlib
+import dataclasses
+import io
+import shlex
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec
+from ulysses_jax import (
+    ModelConfig,
+    TrainConfig,
+    Transformer,
+    attention_fn,
+    cli,
+    dot_product_attention,
+    heads_to_seq,
+    make_mask,
+    make_mesh,
+    recipes,
+    seq_to_heads,
+    ulysses_attention,
+    ulysses_attention_shard,
+    zero_shardings,
+)
+from ulysses_jax.checkpoint import Checkpoints
+from ulysses_jax.config import CheckpointConfig, DataConfig, MeshConfig, OptimizerConfig, RopeScaling
+from ulysses_jax.data import open_corpus
+from ulysses_jax.report import claim
+from ulysses_jax.zero import hold
+
+from tests import conftest as conftest  # the same 8 devices when this file is run by itself
+
+FILE = Path(__file__).with_name("REFUSALS.md")
+
+NARROW = "--model.num-layers 1 --model.embed-dim 16 --model.head-dim 4 --model.mlp-dim 16"
+TINY = f"train demo --out run --steps 3 --data.seq-len 64 --data.batch-size 4 --data.source corpus {NARROW}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A misuse, and what its message must name: the value, the relation required, the way out."""
+
+    misuse: str
+    provoke: Callable[[], object] | str  # a call, or a command line after `ulysses`
+    says: tuple[str, ...]
+    setup: Callable[[], object] = lambda: None  # files in the current folder that the misuse is about
+    error: type[Exception] = ValueError
+
+
+def x(B=2, T=8, N=4, H=8, dtype=jnp.float32) -> Any:
+    return jnp.zeros((B, T, N, H), dtype)
+
+
+def attend(q: Any = None, k: Any = None, **options: Any) -> object:
+    q = x() if q is None else q
+    k = q if k is None else k
+    return jax.eval_shape(lambda: dot_product_attention(q, k, k, **options))
+
+
+def attend_on_mesh(q: Any = None, k: Any = None, **options: Any) -> object:
+    q = x() if q is None else q
+    k = q if k is None else k
+    options.setdefault("mesh", make_mesh(data=2, seq=4))
+    return ulysses_attention(q, k, k, **options)
+
+
+def on_shards(local: Callable, array: Any) -> object:
+    spec = PartitionSpec(None, "seq")
+    return jax.eval_shape(jax.shard_map(local, mesh=make_mesh(seq=4), in_specs=spec, out_specs=spec), array)
+
+
+def traced(call: Callable[[Any], object]) -> object:
+    return jax.jit(call)(1.0)
+
+
+def ids(*shape: int, dtype: Any = jnp.int32) -> Any:
+    return jnp.zeros(shape, dtype)
+
+
+NARROW_MODEL = ModelConfig(vocab_size=32, num_layers=1, embed_dim=8, num_heads=2, num_kv_heads=2, head_dim=4, mlp_dim=8)
+
+
+def model(**changes: Any) -> ModelConfig:
+    return dataclasses.replace(NARROW_MODEL, **changes)
+
+
+def apply(tokens: Any, **options: Any) -> object:
+    """A model on concrete tokens; nothing is compiled."""
+    return jax.eval_shape(lambda: Transformer(NARROW_MODEL, rngs=nnx.Rngs(0))(tokens, **options))
+
+
+def train(**changes: Any) -> TrainConfig:
+    return dataclasses.replace(recipes.recipe("demo"), **changes)
+
+
+def shardings(params: Any, **options: Any) -> object:
+    options = {"mesh": make_mesh(seq=2), "stage": 3} | options
+    return zero_shardings(params, (), **options)
+
+
+def mismatched_hold() -> object:
+    at = zero_shardings({"w": x()}, (), mesh=make_mesh(seq=2), stage=3)
+    return hold({"v": x()}, at[0], at[1])
+
+
+def text() -> None:
+    for name in "abc":
+        write(f"corpus/{name}.txt", name * 3000)
+
+
+def write(path: str, content: str | bytes) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def in_turn(*steps: Callable[[], object]) -> Callable[[], object]:
+    return lambda: [step() for step in steps]
+
+
+def array(path: str, content: Any) -> Callable[[], None]:
+    return lambda: np.save(path, content)
+
+
+def config_of(line: str) -> TrainConfig:
+    name, *rest = shlex.split(line)[1:]
+    return cli._parse(name, rest).config
+
+
+def claimed(line: str = TINY) -> None:
+    text()
+    config = config_of(line)
+    claim(Path("run"), config, open_corpus(config.data).fingerprint)
+
+
+def claimed_then(path: str, content: str) -> Callable[[], object]:
+    return in_turn(claimed, lambda: write(path, content))
+
+
+def grown() -> None:
+    claimed()
+    write("corpus/d.txt", "more")
+
+
+def broken_checkpoints() -> None:
+    claimed()
+    with Checkpoints(Path("run/checkpoints"), keep=2) as saves:
+        saves.save(2, {"w": np.arange(64.0)})
+    for file in Path("run/checkpoints/2").rglob("*"):
+        if file.is_file() and file.name != "manifest.json":
+            file.write_bytes(b"rot" + file.read_bytes())
+
+
+def wandb_without_package() -> None:
+    text()
+    mock.patch.dict(sys.modules, {"wandb": None}).start()  # undone by `message`
+
+
+def a(value: object) -> Any:
+    """A value of a type that the signature does not allow, on purpose."""
+    return cast(Any, value)
+
+
+ATTENTION = [
+    Row("q is no array", lambda: attend([1], x()), ("q is [1]", "must be an array", "[batch, length, heads, head size]")),
+    Row("q is None", lambda: dot_product_attention(a(None), x(), x()), ("q is None", "must be an array")),
+    Row("q without heads", lambda: attend(x()[0]), ("q has shape [8, 4, 8]", "must be [batch, length, heads, head size]")),
+    Row("q of integers", lambda: attend(x(dtype=jnp.int32)), ("q has dtype int32", "must be bfloat16", "astype")),
+    Row("q of float8", lambda: attend(x(dtype=jnp.float8_e4m3fn)), ("q has dtype float8_e4m3fn", "astype(jnp.bfloat16)")),
+    Row("no tokens", lambda: attend(x(T=0)), ("[2, 0, 4, 8]", "at least 1", "Leave empty batches out")),
+    Row("k unlike v", lambda: dot_product_attention(x(), x(T=4), x()), ("k has shape [2, 4, 4, 8]", "must be equal")),
+    Row("other head sizes", lambda: attend(x(), x(H=4)), ("k [2, 8, 4, 4]", "head size must be equal")),
+    Row("K does not divide N", lambda: attend(x(), x(N=3)), ("N = 4", "K = 3", "K must divide N")),
+    Row("mixed dtypes", lambda: attend(x(), x(dtype=jnp.bfloat16)), ("float32, bfloat16", "must be equal", "Cast them")),
+    Row("is_causal a string", lambda: attend(is_causal="no"), ("is_causal is 'no'", "must be True or False")),
+    Row("is_causal traced", lambda: traced(lambda c: attend(is_causal=c)), ("is_causal is an array", "before compiling")),
+    Row("scale traced", lambda: traced(lambda s: attend(scale=s)), ("scale is an array float32[]", "multiply q by it")),
+    Row("scale an array", lambda: attend(scale=jnp.ones(3)), ("scale is an array float32[3]", "must be a finite number")),
+    Row("scale NaN", lambda: attend(scale=float("nan")), ("scale is nan", "must be a finite number")),
+    Row("cap negative", lambda: attend(logits_soft_cap=-1.0), ("logits_soft_cap is -1.0", "> 0", "Leave it out")),
+    Row("window negative", lambda: attend(local_window_size=-1), ("local_window_size is -1", "≥ 0", "Leave it out")),
+    Row("window of three", lambda: attend(local_window_size=(1, 2, 3)), ("(1, 2, 3)", "int or (left, right)")),
+    Row("window a float", lambda: attend(local_window_size=1.5), ("local_window_size is 1.5", "must be an int")),
+    Row("window half None", lambda: attend(local_window_size=(4, None)), ("(4, None)", "int or (left, right)")),
+    Row("segment_ids a list", lambda: attend(segment_ids=[[0] * 8] * 2), ("a list of 2", "integer array", "jnp.asarray")),
+    Row("segment_ids three", lambda: attend(segment_ids=(ids(2, 8),) * 3), ("a tuple of 3", "a pair")),
+    Row("segment_ids without batch", lambda: attend(segment_ids=ids(8)), ("int32[8]", "integers [B, T]", "T = 8")),
+    Row("segment_ids float", lambda: attend(segment_ids=ids(2, 8, dtype=float)), ("float32[2, 8]", "must be integers")),
+    Row("segment_ids of another length", lambda: attend(segment_ids=ids(2, 9)), ("int32[2, 9]", "T = 8", "pass a pair")),
+    Row("segment_ids of another batch", lambda: attend(segment_ids=ids(3, 8)), ("batch of 3", "B = 2", "one row for each")),
+    Row("a pair of two batches", lambda: attend(segment_ids=(ids(2, 8), ids(1, 8))), ("2 sequences", "1 of keys", "must be B")),
+    Row("segment_ids beyond int32", lambda: attend(segment_ids=np.full((2, 8), 2**40)), ("1099511627776", "fit in int32")),
+    Row("a dense mask", lambda: attend(mask=jnp.ones((8, 8))), ("mask is an array", "must come from make_mask", "segment_ids")),
+    Row("mask of another length", lambda: attend(mask=make_mask(16)), ("T = 16", "q has T = 8", "make_mask(8, 8)")),
+    Row("mask of another batch", lambda: attend(mask=make_mask(8, segment_ids=ids(3, 8))), ("batch of 3", "B = 2")),
+    Row("mask and is_causal", lambda: attend(mask=make_mask(8), is_causal=True), ("together with is_causal", "make_mask")),
+    Row("unknown implementation", lambda: attend(implementation="flash"), ("'flash'", "None or one of", "xla, reference")),
+    Row("cuDNN without a GPU", lambda: attend(x(dtype=jnp.bfloat16), implementation="cudnn"), ("'cpu'", "use 'xla'")),
+    Row(
+        "cuDNN in float32",
+        lambda: attend(implementation="cudnn"),
+        ("cannot do dtype float32", "use implementation='xla'"),
+        error=NotImplementedError,
+    ),
+    Row("make_mask of 0 tokens", lambda: make_mask(0), ("query_length is 0", "int ≥ 1", "q.shape[1]")),
+    Row("make_mask of an array", lambda: make_mask(a(x())), ("query_length is an array", "q.shape[1]")),
+    Row("make_mask of a float", lambda: make_mask(8, a(8.5)), ("key_length is 8.5", "int ≥ 1")),
+]
+
+MESH = [
+    Row("a mesh of 0", lambda: make_mesh(data=0), ("data is 0", "at least 1 device")),
+    Row("a mesh of 2.0", lambda: make_mesh(data=a(2.0)), ("data is 2.0", "must be an int")),
+    Row("more devices than there are", lambda: make_mesh(data=4, seq=4), ("4 × 4 needs 16", "there are 8", "smaller mesh")),
+    Row("no devices", lambda: make_mesh(devices=[]), ("needs 1 devices", "there are 0", "Choose")),
+    Row("devices by number", lambda: make_mesh(devices=a([0])), ("devices is [0]", "list of jax devices", "jax.devices()[:2]")),
+    Row("a device twice", lambda: make_mesh(seq=2, devices=[jax.devices()[0]] * 2), ("twice", "each may be used once")),
+    Row("mesh is None", lambda: attend_on_mesh(mesh=None), ("mesh is None", "must be a jax.sharding.Mesh", "make_mesh")),
+    Row("mesh a tuple", lambda: attend_on_mesh(mesh=(2, 4)), ("mesh is (2, 4)", "must be a jax.sharding.Mesh")),
+    Row("mesh without the axis", lambda: attend_on_mesh(seq_axis="sp"), ("seq_axis names 'sp'", "('data', 'seq')", "Pass")),
+    Row("no such batch axis", lambda: attend_on_mesh(batch_axes="dp"), ("batch_axes names 'dp'", "batch_axes=()")),
+    Row("no such head axis", lambda: attend_on_mesh(head_axis="tp"), ("head_axis names 'tp'", "Pass head_axis=")),
+    Row("an axis used twice", lambda: attend_on_mesh(batch_axes="seq"), ("['seq', 'seq']", "may be used once")),
+    Row("batch not divisible", lambda: attend_on_mesh(x(B=3)), ("B = 3", "not divisible by 2", "Pad it")),
+    Row("length not divisible", lambda: attend_on_mesh(x(T=6)), ("T = 6", "not divisible by 4")),
+    Row("key length not divisible", lambda: attend_on_mesh(x(), x(T=6)), ("S = 6", "not divisible by 4")),
+    Row("heads not divisible", lambda: attend_on_mesh(x(N=6)), ("N = 6", "P = 4", "P must divide N", "[1, 2, 3, 6]")),
+    Row("KV heads not dealt out", lambda: attend_on_mesh(x(N=12), x(N=3)), ("K = 3", "P = 4", "repeat the KV heads")),
+    Row("ids of another batch, on a mesh", lambda: attend_on_mesh(segment_ids=ids(4, 8)), ("batch of 4", "B = 2")),
+    Row("a shard's ids for the whole", lambda: attend_on_mesh(segment_ids=ids(2, 2)), ("int32[2, 2]", "T = 8")),
+    Row("mask of another length, on a mesh", lambda: attend_on_mesh(mask=make_mask(2)), ("T = 2", "make_mask(8, 8)")),
+    Row(
+        "scale traced, on a mesh", lambda: traced(lambda s: attend_on_mesh(scale=s)), ("scale is an array", "before compiling")
+    ),
+    Row("unknown implementation, on a mesh", lambda: attend_on_mesh(implementation="flash"), ("'flash'", "one of")),
+    Row(
+        "the shard core outside shard_map",
+        lambda: ulysses_attention_shard(x(), x(), x()),
+        ("axis_name is 'seq'", "inside a shard_map", "ulysses_attention on global arrays"),
+    ),
+    Row(
+        "the shard core over another axis",
+        lambda: on_shards(lambda q: ulysses_attention_shard(q, q, q, axis_name="sp"), x()),
+        ("axis_name is 'sp'", "Pass axis_name="),
+    ),
+    Row(
+        "the shard core with a shard's mask",
+        lambda: on_shards(lambda q: ulysses_attention_shard(q, q, q, mask=make_mask(2)), x()),
+        ("T = 2", "q has T = 8", "make_mask(8, 8)"),
+    ),
+    Row("seq_to_heads outside shard_map", lambda: seq_to_heads(x(), "seq"), ("axis_name is 'seq'", "inside a shard_map")),
+    Row(
+        "seq_to_heads of too few heads",
+        lambda: on_shards(lambda q: seq_to_heads(q, "seq"), x(N=3)),
+        ("[2, 2, 3, 8]", "multiple of P = 4", "smaller degree"),
+    ),
+    Row(
+        "heads_to_seq without heads",
+        lambda: on_shards(lambda q: heads_to_seq(q, "seq"), x()[:, :, 0]),
+        ("[2, 2, 8]", "must be [B, T, N/P, H]"),
+    ),
+]
+
+FLAX = [
+    Row("attention_fn without a mesh", lambda: attention_fn(a(3)), ("mesh is 3", "make_mesh")),
+    Row(
+        "attention_fn of no such option",
+        lambda: attention_fn(make_mesh(), causal=True),
+        ("no option 'causal'", "is_causal"),
+    ),
+    Row(
+        "attention_fn of a missing axis",
+        lambda: attention_fn(make_mesh(), seq_axis="sp"),
+        ("seq_axis names 'sp'", "('data', 'seq')"),
+    ),
+    Row(
+        "attention_fn of no such implementation",
+        lambda: attention_fn(make_mesh(), implementation="flash"),
+        ("'flash'", "one of"),
+    ),
+    Row(
+        "a boolean mask in a Flax layer",
+        lambda: attention_fn(make_mesh())(x(), x(), x(), mask=a(jnp.ones((2, 1, 8, 8), bool))),
+        ("mask is an array bool[2, 1, 8, 8]", "must come from make_mask"),
+    ),
+    Row(
+        "a bias in a Flax layer",
+        lambda: attention_fn(make_mesh())(x(), x(), x(), bias=x()),
+        ("bias is set", "Leave it out"),
+        error=NotImplementedError,
+    ),
+    Row(
+        "dropout in a Flax layer",
+        lambda: attention_fn(make_mesh())(x(), x(), x(), dropout_rate=0.1, deterministic=False),
+        ("dropout_rate is set", "Set dropout_rate=0"),
+        error=NotImplementedError,
+    ),
+    Row("a model of a whole run's config", lambda: Transformer(a(train()), rngs=nnx.Rngs(0)), ("a TrainConfig", "ModelConfig")),
+    Row("a seed for rngs", lambda: Transformer(NARROW_MODEL, rngs=a(0)), ("rngs is 0", "nnx.Rngs(0)")),
+    Row(
+        "attention by name",
+        lambda: Transformer(NARROW_MODEL, attention=a("xla"), rngs=nnx.Rngs(0)),
+        ("attention is 'xla'", "attention_fn(mesh)"),
+    ),
+    Row("tokens of floats", lambda: apply(ids(2, 8, dtype=float)), ("tokens is an array float32[2, 8]", "integer array")),
+    Row("tokens without batch", lambda: apply(ids(8)), ("int32[8]", "[B, T]")),
+    Row("tokens a list", lambda: apply([[1, 2]]), ("tokens is a list of 1", "integer array")),
+    Row("tokens beyond the vocabulary", lambda: apply(ids(2, 8) + 40), ("the id 40", "[0, 32)", "Raise vocab_size")),
+    Row("positions of another length", lambda: apply(ids(2, 8), positions=ids(1, 7)), ("int32[1, 7]", "Leave it out")),
+    Row("positions without batch", lambda: apply(ids(2, 8), positions=ids(8)), ("int32[8]", "[B, T] = [2, 8]")),
+    Row("segment_ids without batch, in a model", lambda: apply(ids(2, 8), segment_ids=ids(8)), ("int32[8]", "[B, T]")),
+    Row("a mask of another length, in a model", lambda: apply(ids(2, 8), mask=make_mask(7)), ("T = 7", "make_mask(8, 8)")),
+    Row(
+        "mask and segment_ids, in a model",
+        lambda: apply(ids(2, 8), mask=make_mask(8), segment_ids=ids(2, 8)),
+        ("together with segment_ids", "make_mask"),
+    ),
+    Row("ZeRO-4", lambda: shardings({"w": x()}, stage=4), ("stage is 4", "0, 1, 2 and 3")),
+    Row("ZeRO-True", lambda: shardings({"w": x()}, stage=True), ("stage is True", "0, 1, 2 and 3")),
+    Row("ZeRO without a mesh", lambda: shardings({"w": x()}, mesh=8), ("mesh is 8", "make_mesh")),
+    Row("ZeRO of a number", lambda: shardings({"w": 3.0}), ("leaf w is 3.0", "must be arrays")),
+    Row("ZeRO's shardings of other parameters", mismatched_hold, ("differ in their keys", "zero_shardings(params")),
+    Row("keep no checkpoint", lambda: Checkpoints(Path("saves"), keep=0), ("keep is 0", "at least 1")),
+    Row(
+        "a checkpoint folder that is a file",
+        lambda: Checkpoints(Path("saves"), keep=1),
+        ("saves is a file", "name a folder"),
+        setup=lambda: write("saves", ""),
+    ),
+]
+
+CONFIG = [
+    Row("a float for an int", lambda: model(num_layers=2.0), ("model.num_layers is 2.0", "must be an int")),
+    Row("a bool for an int", lambda: model(vocab_size=True), ("model.vocab_size is True", "must be an int")),
+    Row("an int for a bool", lambda: model(is_causal=1), ("model.is_causal is 1", "true or false")),
+    Row("no layers", lambda: model(num_layers=0), ("model.num_layers is 0", "at least 1")),
+    Row("K does not divide N, in a config", lambda: model(num_kv_heads=3), ("is 3", "must divide model.num_heads = 2")),
+    Row("an odd head size", lambda: model(head_dim=5), ("model.head_dim is 5", "must be even")),
+    Row("unknown remat", lambda: model(remat="half"), ("model.remat is 'half'", "one of none, attention, full")),
+    Row("unknown dtype", lambda: model(dtype="float16"), ("model.dtype is 'float16'", "one of bfloat16, float32")),
+    Row("a negative window, in a config", lambda: model(local_window_size=-1), ("local_window_size is -1", "at least 0")),
+    Row("a cap of 0", lambda: model(logits_soft_cap=0.0), ("model.logits_soft_cap is 0.0", "> 0", "None for no cap")),
+    Row("norm_eps of 0", lambda: model(norm_eps=0.0), ("model.norm_eps is 0.0", "must be > 0")),
+    Row("a RoPE that shrinks", lambda: RopeScaling(factor=0.5), ("rope_scaling.factor is 0.5", "at least 1")),
+    Row("RoPE's bounds reversed", lambda: RopeScaling(low_freq_factor=9.0), ("9.0", "0 < low < high", "Llama 3.1 uses")),
+    Row("a mesh of no data axis", lambda: MeshConfig(data=0), ("mesh.data is 0", "at least 1")),
+    Row("sequences of one token", lambda: DataConfig(seq_len=1), ("data.seq_len is 1", "at least 2")),
+    Row("nothing held out", lambda: DataConfig(held_out=0.0), ("data.held_out is 0.0", "between 0 and 1")),
+    Row("a negative seed", lambda: DataConfig(seed=-1), ("data.seed is -1", "at least 0")),
+    Row("an empty source", lambda: DataConfig(source=""), ("data.source is ''", "name a folder")),
+    Row("an absolute pattern", lambda: DataConfig(pattern="/x/*"), ("data.pattern is '/x/*'", "'**/*.txt'")),
+    Row("a NaN learning rate", lambda: OptimizerConfig(learning_rate=float("nan")), ("learning_rate is nan", "finite number")),
+    Row("a learning rate of 0", lambda: OptimizerConfig(learning_rate=0.0), ("optimizer.learning_rate is 0.0", "> 0")),
+    Row("b1 of 1", lambda: OptimizerConfig(b1=1.0), ("optimizer.b1 is 1.0", "[0, 1)")),
+    Row("a final fraction of 2", lambda: OptimizerConfig(final_fraction=2.0), ("final_fraction is 2.0", "[0, 1]")),
+    Row("save never", lambda: CheckpointConfig(every=0), ("checkpoint.every is 0", "at least 1")),
+    Row("no steps", lambda: train(steps=0), ("steps is 0", "at least 1")),
+    Row("ZeRO-4 in a run", lambda: train(zero_stage=4), ("zero_stage is 4", "0, 1, 2 or 3")),
+    Row("unknown implementation in a run", lambda: train(implementation="flash"), ("'flash'", "one of", "None")),
+    Row("a project without a name", lambda: train(wandb=""), ("wandb is ''", "None for no tracking")),
+    Row("a number for a part", lambda: train(mesh=8), ("mesh is 8", "a MeshConfig")),
+    Row("heads that P does not divide", lambda: train(mesh=MeshConfig(seq=8)), ("N = 4", "P = 8", "[1, 2, 4]")),
+]
+
+COMMANDS = [
+    Row("unknown command", "trian demo", ("no command 'trian'", "train", "ulysses --help")),
+    Row("unknown recipe", "train dmeo", ("no recipe 'dmeo'", "demo, demo-bidirectional")),
+    Row("unknown field", "train demo --data.seqlen 64", ("'--data.seqlen'", "Did you mean --data.seq-len", "--help")),
+    Row("a field without its part", "train demo --seq-len 64", ("'--seq-len'", "Did you mean --data.seq-len")),
+    Row("a stray word", "train demo fast", ("no argument 'fast'", "--field value", "--help")),
+    Row("a word for a number", "train demo --steps ten", ("--steps is 'ten'", "a whole number", "--help")),
+    Row("a word for a float", "train demo --optimizer.b1 x", ("--optimizer.b1 is 'x'", "a number")),
+    Row("not among the choices", "train demo --model.dtype float16", ("'float16'", "'bfloat16', 'float32'", "--help")),
+    Row("not true or false", "train demo --tensorboard maybe", ("'maybe'", "'True', 'False'")),
+    Row("no value", "train demo --steps", ("--steps has no value", "one must follow")),
+    Row("a NaN learning rate, typed", "train demo --optimizer.learning-rate nan", ("learning_rate is nan", "finite")),
+    Row("no steps, typed", "train demo --steps 0", ("steps is 0", "at least 1")),
+    Row("length not divisible, typed", "train demo --data.seq-len 63", ("63", "multiple of mesh.seq = 4", "above is 64")),
+    Row("batch not divisible, typed", "train demo --data.batch-size 3", ("is 3", "mesh.data × accumulation = 2 × 1", "is 4")),
+    Row("heads not divisible, typed", "train demo --mesh.seq 8", ("N = 4", "P = 8", "[1, 2, 4]")),
+    Row("KV heads, typed", f"{TINY} --model.num-heads 12 --model.num-kv-heads 3", ("K = 3", "P = 4", "Use another degree")),
+    Row(
+        "more devices than there are, typed",
+        f"{TINY} --mesh.data 16 --data.batch-size 16",
+        ("16 × 4 needs 64", "there are 8", "smaller mesh"),
+        setup=text,
+    ),
+    Row("a vocabulary smaller than bytes", f"{TINY} --model.vocab-size 100", ("is 100", "at least 258"), setup=text),
+    Row("data that is not there", TINY, ("data.source 'corpus' does not exist", "'stdlib'")),
+    Row("a single text file", f"{TINY} --data.source a.txt", ("is a single file", "folder"), lambda: write("a.txt", "a")),
+    Row("an empty folder", TINY, ("'corpus' has no file", "data.pattern = '**/*'"), lambda: Path("corpus").mkdir()),
+    Row("no file of that name", f"{TINY} --data.pattern *.md", ("no file", "data.pattern = '*.md'"), text),
+    Row("too little text", f"{TINY} --data.seq-len 65536", ("6002 tokens", "data.seq_len = 65536", "shorter"), text),
+    Row(
+        ".npy of floats",
+        f"{TINY} --data.source t.npy",
+        ("t.npy holds float64[500]", "uint16 or uint32", "astype(np.uint16)"),
+        array("t.npy", np.zeros(500)),
+    ),
+    Row(
+        ".npy of two dims",
+        f"{TINY} --data.source t.npy",
+        ("uint16[9, 9]", "one dim"),
+        array("t.npy", np.zeros((9, 9), np.uint16)),
+    ),
+    Row("damaged .npy", f"{TINY} --data.source t.npy", ("t.npy cannot be read", "np.save"), lambda: write("t.npy", b"\x93NUM")),
+    Row("empty .npy", f"{TINY} --data.source t.npy", ("t.npy cannot be read", "np.save"), lambda: write("t.npy", b"")),
+    Row(
+        ".npy too short",
+        f"{TINY} --data.source t.npy",
+        ("tokens to train on", "data.seq_len = 64"),
+        array("t.npy", np.zeros(60, np.uint16)),
+    ),
+    Row(
+        "token ids beyond the vocabulary",
+        f"{TINY} --data.source t.npy",
+        ("token id 5000", "model.vocab_size is 320", "at least 5001"),
+        array("t.npy", np.full(500, 5000, np.uint16)),
+    ),
+    Row(
+        ".bin of odd size",
+        f"{TINY} --data.source t.bin",
+        ("t.bin has 999 bytes", "multiple of 2", "data.token_dtype"),
+        lambda: write("t.bin", bytes(999)),
+    ),
+    Row("empty .bin", f"{TINY} --data.source t.bin", ("no document of 2 tokens",), lambda: write("t.bin", b"")),
+    Row("--out a file", TINY, ("--out run is occupied", "name another folder"), in_turn(text, lambda: write("run", "mine"))),
+    Row("--out occupied", TINY, ("--out run is occupied", "no config.json"), in_turn(text, lambda: write("run/a", "mine"))),
+    Row(
+        "--out below a file",
+        f"{TINY} --out a/run",
+        ("--out a/run cannot be written", "name"),
+        in_turn(text, lambda: write("a", "")),
+    ),
+    Row("--out of another run", f"{TINY} --data.seed 7", ("another run", "data.seed is 0, here 7", "Name another"), claimed),
+    Row("damaged config.json", TINY, ("run/config.json cannot be read", "Restore"), claimed_then("run/config.json", "{")),
+    Row("config.json of something else", TINY, ("run/config.json cannot be read",), claimed_then("run/config.json", "[1]")),
+    Row("damaged summary.json", TINY, ("run/summary.json cannot be read", "Remove"), claimed_then("run/summary.json", "{")),
+    Row("empty summary.json", TINY, ("run/summary.json cannot be read", "Remove"), claimed_then("run/summary.json", "{}")),
+    Row("changed corpus", TINY, ("other files", "data.source 'corpus'", "Restore the files"), grown),
+    Row("every checkpoint damaged", TINY, ("every checkpoint", "steps 2", "damaged-STEP", "backup"), broken_checkpoints),
+    Row(
+        "a tracker that is not installed",
+        f"{TINY} --wandb project",
+        ("wandb is 'project'", "needs the package wandb", "ulysses-jax[tracking]", "leave it out"),
+        wandb_without_package,
+    ),
+]
+
+PARTS = {
+    "Attention on one device": ATTENTION,
+    "Attention on a mesh": MESH,
+    "Models, ZeRO, checkpoints": FLAX,
+    "Configs": CONFIG,
+    "The command line": COMMANDS,
+}
+TABLE = [row for rows in PARTS.values() for row in rows]
+
+
+def message(row: Row) -> str:
+    """What the misuse is told; run it in an empty folder."""
+    row.setup()
+    try:
+        if callable(row.provoke):
+            with pytest.raises(row.error) as caught:
+                row.provoke()
+            assert type(caught.value) is row.error
+            said = str(caught.value)
+        else:
+            told = io.StringIO()
+            with contextlib.redirect_stderr(told), contextlib.redirect_stdout(io.StringIO()):
+                status = cli.main(shlex.split(row.provoke))
+            assert status == 2, told.getvalue()
+            lines = told.getvalue().splitlines()
+            assert len(lines) == 1, told.getvalue()
+            assert lines[0].startswith("error: ")
+            said = lines[0].removeprefix("error: ")
+    finally:
+        mock.patch.stopall()
+    return said.replace(str(Path.cwd()) + "/", "")
+
+
+def line(row: Row, said: str) -> str:
+    """The row as REFUSALS.md shows it."""
+    return f"| {row.misuse} | {said.replace('|', chr(92) + '|')} |"
+
+
+@pytest.mark.parametrize("row", TABLE, ids=lambda row: row.misuse)
+def test_a_misuse_is_told_the_value_the_relation_and_the_way_out_in_one_line(row, tmp_path, monkeypatch):
+    """Broken by removing any one check: the row then fails inside jax or numpy, or not at all."""
+    monkeypatch.chdir(tmp_path)
+    said = message(row)
+    assert [part for part in row.says if part not in said] == [], said
+    assert "\n" not in said
+    assert said.endswith(".")
+    assert line(row, said) in FILE.read_text().splitlines(), "run: python -m tests.test_refusals"
+
+
+def test_the_table_for_people_has_every_row_and_no_other():
+    written = [text.split(" | ")[0].removeprefix("| ") for text in FILE.read_text().splitlines() if text.startswith("| ")]
+    assert [name for name in written if name != "misuse"] == [row.misuse for row in TABLE]
+    assert len({row.misuse for row in TABLE}) == len(TABLE)
+
+
+def test_an_error_inside_jax_is_no_refusal_and_keeps_its_traceback(monkeypatch):
+    """A bug must not look like a refusal; broken by catching every ValueError in `main`."""
+    monkeypatch.setattr(cli, "list_recipes", lambda console: jnp.concatenate([]))
+    with pytest.raises(ValueError, match="concatenate"):
+        cli.main(["train", "--list"])
+
+
+def write_table() -> None:
+    """Run every row, each in its own folder, and write what it says."""
+    text = [
+        "# What is refused, and how",
+        "",
+        "Every row is a test (`tests/test_refusals.py`); `python -m tests.test_refusals` writes this file. Refusals come",
+        "before anything compiles: `ValueError` for a wrong request, `NotImplementedError` for an unbuilt one; on the command",
+        "line one line on stderr, `error: …`, and exit status 2.",
+    ]
+    for part, rows in PARTS.items():
+        text += ["", f"## {part}", "", "| misuse | it says |", "|---|---|"]
+        for row in rows:
+            with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+                text.append(line(row, message(row)))
+    FILE.write_text("\n".join(text) + "\n")
+
+
+if __name__ == "__main__":
+    write_table()

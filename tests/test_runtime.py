@@ -1,0 +1,108 @@
+"""Joining processes, and being asked to stop. What they are refused is also in test_refusals.py's manner: one line each."""
+
+import os
+import signal
+
+import jax
+import pytest
+from ulysses_jax import runtime
+
+VARIABLES = (
+    "JAX_COORDINATOR_ADDRESS",
+    "JAX_NUM_PROCESSES",
+    "JAX_PROCESS_ID",
+    "SLURM_STEP_ID",
+    "SLURM_NTASKS",
+)
+
+
+@pytest.fixture
+def joined(monkeypatch) -> list[tuple]:
+    """The arguments of every call of `jax.distributed.initialize`, which is not made; no launcher's variables are set."""
+    calls = []
+    assert len(jax.devices()) == 8  # made before the calls below could ask for another number
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *arguments: calls.append(arguments))
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("variables", "mesh_size", "says"),
+    [
+        ({"JAX_COORDINATOR_ADDRESS": "a:1"}, 8, ("JAX_NUM_PROCESSES is None", "must be an integer", "unset")),
+        ({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2"}, 8, ("JAX_PROCESS_ID is None",)),
+        (
+            {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "0"},
+            8,
+            ("JAX_NUM_PROCESSES is 'two'", "must be an integer"),
+        ),
+        (
+            {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"},
+            8,
+            ("JAX_PROCESS_ID is 2", "less than their number", "its own"),
+        ),
+        (
+            {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "3", "JAX_PROCESS_ID": "0"},
+            8,
+            ("8 devices", "3 processes", "multiple of 3"),
+        ),
+        ({"SLURM_STEP_ID": "0", "SLURM_NTASKS": "5"}, 8, ("8 devices", "5 processes", "multiple of 5")),
+    ],
+)
+def test_a_launch_that_cannot_work_is_refused_before_the_processes_join(joined, monkeypatch, variables, mesh_size, says):
+    """Broken by joining first: a refused process would leave the others waiting for it."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        runtime.initialize(mesh_size)
+    assert [part for part in says if part not in str(caught.value)] == []
+    assert joined == []
+
+
+@pytest.mark.parametrize(
+    ("variables", "calls"),
+    [
+        ({}, []),
+        ({"SLURM_STEP_ID": "0", "SLURM_NTASKS": "1"}, []),
+        ({"SLURM_NTASKS": "4"}, []),  # inside an allocation, but not started by srun
+        ({"SLURM_STEP_ID": "0", "SLURM_NTASKS": "4"}, [()]),
+        ({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}, [("a:1", 4, 3)]),
+    ],
+)
+def test_processes_join_by_the_variables_of_their_launcher(joined, monkeypatch, variables, calls):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    runtime.initialize(8)
+    assert joined == calls
+
+
+def test_a_platform_without_devices_is_named(joined, monkeypatch):
+    def no_devices():
+        raise RuntimeError("Unable to initialize backend 'cuda'\nand much more")
+
+    monkeypatch.setattr(jax, "devices", no_devices)
+    with pytest.raises(ValueError, match=r"^jax finds no device .*Unable to initialize backend 'cuda'\)\. Unset JAX_PLATFORMS"):
+        runtime.initialize(1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_asks_to_stop_after_the_step_and_handlers_come_back(number, capsys):
+    """Trap 18. Broken by listening to SIGINT alone: SIGTERM then kills the process."""
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    with runtime.stopping() as stop:
+        assert not stop.requested(1)
+        os.kill(os.getpid(), number)
+        assert stop.requested(2)
+        assert stop.signal == number
+    assert "stopping after this step" in capsys.readouterr().err
+    assert {s: signal.getsignal(s) for s in before} == before
+
+
+def test_a_second_ctrl_c_interrupts_at_once():
+    """Broken by only remembering the signal: a step that hangs could not be left."""
+    with runtime.stopping() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signal == signal.SIGINT

@@ -1,0 +1,326 @@
+"""The exchange: layouts by coded integers, attention over eight devices against the float64 oracle, and what is compiled."""
+
+import collections
+import contextlib
+import functools
+import math
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from ulysses_jax.attention import dot_product_attention, make_mask
+from ulysses_jax.mesh import make_mesh
+from ulysses_jax.ulysses import heads_to_seq, repeat_kv_heads, seq_to_heads, ulysses_attention, ulysses_attention_shard
+
+from tests.oracles import TOLERANCE, Case, attention, errors_beyond, quick_jit, relative_error
+
+TOKENS = PartitionSpec("data", "seq")
+HEADS = PartitionSpec("data", None, "seq")
+
+
+def shard_map(f, mesh, in_specs, out_specs):
+    return quick_jit(jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs))
+
+
+def coded(B: int, T: int, N: int, H: int) -> np.ndarray:
+    """[B, T, N, H] int32 whose digits are batch, token, head and element."""
+    b, t, n, h = np.ogrid[:B, :T, :N, :H]
+    return ((b * 100 + t) * 100 + n) * 100 + h
+
+
+@pytest.mark.parametrize(("data", "seq"), [(1, 8), (2, 4), (4, 2)])
+def test_seq_to_heads_gives_each_device_all_tokens_of_its_heads(data, seq):
+    """Swapping split_axis and concat_axis, or asking for untiled chunks, breaks it."""
+    mesh, x = make_mesh(data=data, seq=seq), coded(4, 16, 8, 3)
+    moved = shard_map(lambda x: seq_to_heads(x, "seq"), mesh, TOKENS, HEADS)(x)
+    np.testing.assert_array_equal(moved, x)  # the same global array …
+    for shard in moved.addressable_shards:  # … of which each device now holds other parts
+        d, p = np.argwhere(mesh.devices == shard.device)[0]
+        rows, heads = 4 // data, 8 // seq
+        np.testing.assert_array_equal(shard.data, x[d * rows : (d + 1) * rows, :, p * heads : (p + 1) * heads])
+
+
+@pytest.mark.parametrize(("data", "seq"), [(1, 8), (2, 4), (4, 2)])
+def test_heads_to_seq_undoes_seq_to_heads(data, seq):
+    mesh, x = make_mesh(data=data, seq=seq), coded(4, 16, 8, 3)
+    there_and_back = shard_map(lambda x: heads_to_seq(seq_to_heads(x, "seq"), "seq"), mesh, TOKENS, TOKENS)(x)
+    back_and_there = shard_map(lambda x: seq_to_heads(heads_to_seq(x, "seq"), "seq"), mesh, HEADS, HEADS)(x)
+    for result in (there_and_back, back_and_there):
+        np.testing.assert_array_equal(result, x)
+    assert there_and_back.sharding.shard_shape(x.shape) == (4 // data, 16 // seq, 8, 3)
+
+
+@pytest.mark.parametrize(("seq", "N", "K"), [(8, 8, 2), (8, 16, 8), (4, 8, 1), (4, 20, 2), (2, 6, 6), (8, 40, 4), (4, 12, 4)])
+def test_each_device_receives_the_kv_heads_that_its_query_heads_read(seq, N, K):
+    """`jnp.tile` in place of `repeat` deals heads 0 1 0 1 where 0 0 1 1 is needed, and breaks it."""
+    mesh, x = make_mesh(seq=seq), coded(2, 8, K, 3)
+    moved = shard_map(lambda x: seq_to_heads(repeat_kv_heads(x, seq), "seq"), mesh, TOKENS, HEADS)(x)
+    read = x[:, :, [n * K // N for n in range(N)]]  # what query head n reads
+    for shard in moved.addressable_shards:
+        ((_, p),) = np.argwhere(mesh.devices == shard.device)
+        here = np.asarray(shard.data)
+        assert here.shape[2] == max(1, K // seq)
+        local = here[:, :, [n * here.shape[2] // (N // seq) for n in range(N // seq)]]
+        np.testing.assert_array_equal(local, read[:, :, p * N // seq : (p + 1) * N // seq])
+
+
+SHAPE: dict[str, Any] = {"B": 4, "T": 32, "N": 8, "H": 4}
+CASES = {
+    "full": Case(**SHAPE),
+    "causal_gqa": Case(B=4, T=32, N=16, K=8, H=4, is_causal=True),
+    "two_kv_heads": Case(**SHAPE, K=2, is_causal=True),
+    "one_kv_head": Case(**SHAPE, K=1),
+    "packed": Case(**SHAPE, segments="packed", is_causal=True),
+    "window": Case(**SHAPE, local_window_size=(9, 3)),
+    "cap_and_scale": Case(**SHAPE, logits_soft_cap=1.5, scale=0.7, is_causal=True),
+    "fewer_queries": Case(B=4, T=16, S=40, N=8, H=4, is_causal=True),
+    "everything": Case(
+        **SHAPE, S=48, K=4, is_causal=True, local_window_size=(11, 5), segments="dead", logits_soft_cap=2.0, scale=0.5
+    ),
+}
+MESHES = [(1, 1), (1, 8), (2, 4), (4, 2)]
+
+
+def program(case: Case, attend, *, gradients: bool = True):
+    """(q, k, v, d_out, ids) → results by name."""
+
+    def run(q, k, v, d_out, ids):
+        options = case.mask_options() | case.score_options() | {"segment_ids": ids}
+        if not gradients:
+            return {"out": attend(q, k, v, **options)}
+        out, back = jax.vjp(lambda q, k, v: attend(q, k, v, **options), q, k, v)
+        return dict(zip(("out", "dq", "dk", "dv"), (out, *back(d_out)), strict=True))
+
+    return run
+
+
+def arguments(case: Case) -> tuple[Any, ...]:
+    q, k, v, d_out, _ = case.arrays().values()
+    return q, k, v, d_out, case.mask_options()["segment_ids"]
+
+
+@functools.cache
+def expected(name: str) -> dict[str, np.ndarray]:
+    want = CASES[name].expected(lse_cotangent=False)
+    return {x: want[x] for x in ("out", "dq", "dk", "dv")}
+
+
+@functools.cache
+def on_one_device(name: str) -> np.ndarray:
+    case = CASES[name]
+    return np.asarray(quick_jit(program(case, dot_product_attention, gradients=False))(*arguments(case))["out"])
+
+
+@functools.cache
+def compiled(name: str, data: int, seq: int, gradients: bool = True) -> jax.stages.Compiled:
+    attend = functools.partial(ulysses_attention, mesh=make_mesh(data=data, seq=seq))
+    return quick_jit(program(CASES[name], attend, gradients=gradients)).lower(*placed(name, data, seq)).compile()
+
+
+def placed(name: str, data: int, seq: int) -> tuple[Any, ...]:
+    """The arguments as a training step holds them."""
+    mesh = make_mesh(data=data, seq=seq)
+    *arrays, ids = arguments(CASES[name])
+    return *jax.device_put(arrays, NamedSharding(mesh, TOKENS)), jax.device_put(ids, NamedSharding(mesh, PartitionSpec("data")))
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("data", "seq"), MESHES)
+def test_equals_the_oracle_and_one_device(data, seq, name):
+    """`heads_to_seq` left out, a repeat of KV heads in the wrong order, or a scale by P breaks it."""
+    case = CASES[name]
+    got = compiled(name, data, seq)(*placed(name, data, seq))
+    assert errors_beyond(TOLERANCE["float32"], got, expected(name)) == {}
+    assert relative_error(got["out"], on_one_device(name)) <= TOLERANCE["placement"]
+    assert got["out"].sharding.shard_shape(got["out"].shape) == (4 // data, case.T // seq, case.N, case.H)
+
+
+# (axes and sizes, keywords): other people's meshes.
+OTHER_MESHES = {
+    "other_names": ({"fsdp": 2, "sp": 4}, {"seq_axis": "sp", "batch_axes": ("fsdp",)}),
+    "seq_first": ({"sp": 4, "fsdp": 2}, {"seq_axis": "sp", "batch_axes": "fsdp"}),
+    "batch_whole": ({"data": 2, "seq": 4}, {"batch_axes": ()}),
+    "two_batch_axes": ({"replica": 2, "fsdp": 2, "seq": 2}, {"batch_axes": ("replica", "fsdp")}),
+    "tensor": ({"data": 2, "seq": 2, "tensor": 2}, {"head_axis": "tensor"}),
+}
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize("name", OTHER_MESHES)
+def test_equals_the_oracle_on_other_meshes(name, kind):
+    """A literal "seq" or "data" anywhere inside breaks it; so does a sharding constraint on an Explicit mesh."""
+    axes, keywords = OTHER_MESHES[name]
+    mesh = jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(kind,) * len(axes))
+    case = CASES["packed"]
+    attend = functools.partial(ulysses_attention, mesh=mesh, **keywords)
+    with jax.set_mesh(mesh):
+        got = quick_jit(program(case, attend))(*arguments(case))
+    assert errors_beyond(TOLERANCE["float32"], got, expected("packed")) == {}
+    batch = math.prod(axes[axis] for axis in np.atleast_1d(keywords.get("batch_axes", ("data",))))
+    length, heads = axes[keywords.get("seq_axis", "seq")], axes.get(keywords.get("head_axis", ""), 1)
+    assert got["out"].sharding.shard_shape(got["out"].shape) == (4 // batch, 32 // length, 8 // heads, 4)
+
+
+@contextlib.contextmanager
+def compilations() -> Iterator[Callable[[], int]]:
+    """Counts the programs that XLA compiles inside."""
+    durations: list[float] = []
+
+    def listen(event: str, duration_secs: float, **_) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            durations.append(duration_secs)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield lambda: len(durations)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.mark.parametrize("on_mesh", [False, True], ids=["from_the_host", "already_placed"])
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_runs_outside_jit_and_compiles_once(kind, on_mesh):
+    """A `jax.jit` of a fresh closure in each call breaks it."""
+    mesh = jax.make_mesh((2, 4), ("data", "seq"), axis_types=(kind,) * 2)
+    case = CASES["packed"]
+    q, k, v, _, ids = arguments(case)
+    if on_mesh:
+        q, k, v = (jax.device_put(x, NamedSharding(mesh, TOKENS)) for x in (q, k, v))
+    attend = functools.partial(ulysses_attention, mesh=mesh, is_causal=True, segment_ids=ids)
+    first = attend(q, k, v)
+    with compilations() as number:
+        second = attend(q, k, v)
+        assert number() == 0
+        jax.jit(lambda x: x + 1)(q)
+        assert number() == 1, "what is compiled is not counted"
+    np.testing.assert_array_equal(first, second)
+    assert relative_error(first, expected("packed")["out"]) <= TOLERANCE["float32"]
+
+
+@pytest.mark.parametrize(("data", "seq"), [(1, 8), (2, 4)])
+@pytest.mark.parametrize("ids_are", ["local", "whole", "mask"])
+def test_the_core_runs_in_a_shard_map_of_the_callers(ids_are, data, seq):
+    """With default `check_vma`; taking this device's ids for the whole sequence's breaks it."""
+    case = CASES["packed"]
+    ids_spec = TOKENS if ids_are == "local" else PartitionSpec("data")
+
+    def attend(q, k, v, *, segment_ids, **options: Any):
+        if ids_are == "mask":
+            options = {"mask": make_mask(case.T, segment_ids=segment_ids, is_causal=options["is_causal"])}
+        else:
+            options["segment_ids"] = segment_ids
+        return ulysses_attention_shard(q, k, v, **options)
+
+    specs = {"in_specs": ((TOKENS,) * 4 + ((ids_spec, ids_spec),)), "out_specs": TOKENS}
+    got = shard_map(program(case, attend), make_mesh(data=data, seq=seq), **specs)(*arguments(case))
+    assert errors_beyond(TOLERANCE["float32"], got, expected("packed")) == {}
+
+
+@pytest.mark.parametrize("inside_jit", [False, True], ids=["eager", "jit"])
+def test_a_prepared_mask_equals_its_options(inside_jit):
+    """Replicating the mask's ids instead of dividing them over the batch gives shapes that do not fit."""
+    case = CASES["everything"]
+    q, k, v, *_ = arguments(case)
+    mask = make_mask(case.T, case.S, **case.mask_options())
+    attend = functools.partial(ulysses_attention, mesh=make_mesh(data=2, seq=4), **case.score_options())
+    got = (quick_jit(attend) if inside_jit else attend)(q, k, v, mask=mask)
+    assert relative_error(got, on_one_device("everything")) <= TOLERANCE["placement"]
+
+
+@pytest.mark.parametrize("boundary", [16, 13], ids=["on_a_shard_edge", "off_a_shard_edge"])
+def test_trap_3_packed_documents_equal_documents_alone(boundary):
+    """Leaving segment_ids out of the core's call to attention breaks it."""
+    case = Case(**SHAPE)
+    q, k, v, *_ = arguments(case)
+    ids = jnp.asarray(np.broadcast_to(np.arange(32) >= boundary, (4, 32)), jnp.int32)
+    packed = ulysses_attention(q, k, v, mesh=make_mesh(data=1, seq=4), is_causal=True, segment_ids=ids)
+    alone = [attention(q[:, d], k[:, d], v[:, d], is_causal=True)["out"] for d in (slice(boundary), slice(boundary, None))]
+    assert relative_error(packed, np.concatenate(alone, axis=1)) <= TOLERANCE["float32"]
+
+
+@pytest.mark.parametrize("P", [2, 4, 8])
+def test_trap_5_head_counts_that_the_degree_divides_are_right_and_others_refused(P):
+    """`jnp.tile` for the repeat of KV heads breaks it; so does a `check_degree` that lets K = 4 pass at P = 8 unrepeated."""
+    mesh, right = make_mesh(seq=P), []
+    for N in (6, 7, 20, 28, 40):
+        for K in (k for k in (1, 2, 4, 8) if N % k == 0):
+            q, k, v, *_ = Case(B=1, T=16, N=N, K=K, H=4).arrays().values()
+            attend = quick_jit(functools.partial(ulysses_attention, mesh=mesh, is_causal=True, implementation="reference"))
+            if N % P or (K % P and P % K):
+                with pytest.raises(ValueError, match=f"[NK] = [0-9]+ .*heads cannot be d.* over P = {P} devices of axis 'seq'"):
+                    attend(q, k, v)
+            else:
+                right.append((N, K))
+                assert relative_error(attend(q, k, v), attention(q, k, v, is_causal=True)["out"]) <= TOLERANCE["float32"]
+    assert len(right) == {2: 12, 4: 10, 8: 4}[P]
+
+
+def test_trap_11_a_window_that_crosses_shards_and_tiles():
+    """Shards are 136 tokens and tiles 512. Leaving the window out of the core's call to attention breaks it."""
+    case = Case(B=1, T=1088, N=8, K=1, H=2, local_window_size=(150, 20))
+    want = case.expected(lse_cotangent=False)
+    got = quick_jit(program(case, functools.partial(ulysses_attention, mesh=make_mesh(seq=8))))(*arguments(case))
+    assert errors_beyond(TOLERANCE["float32"], got, {name: want[name] for name in got}) == {}
+
+
+def collectives(text: str) -> collections.Counter:
+    """How often each collective stands in a compiled program."""
+    kinds = "all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute|collective-broadcast"
+    return collections.Counter(re.findall(rf"= .*? ({kinds})(?:-start)?\(", text))
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("data", "seq"), MESHES)
+def test_trap_2_the_program_exchanges_q_k_v_and_the_output_and_their_gradients_and_nothing_else(data, seq, name):
+    """Each shard attending to itself has no all-to-all; gathering K and V, or ids that are whole, shows as all-gather."""
+    text = compiled(name, data, seq).as_text()
+    assert text is not None
+    assert collectives(text) == ({} if seq == 1 else {"all-to-all": 8})
+
+
+def test_trap_2_the_forward_exchanges_q_k_v_and_the_output():
+    text = compiled("packed", 2, 4, gradients=False).as_text()
+    assert text is not None
+    assert collectives(text) == {"all-to-all": 4}
+
+
+X = jnp.zeros((4, 32, 8, 4))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"seq_axis": "sp"}, r"seq_axis names 'sp', but the mesh has axes \('data', 'seq'\)"),
+        ({"batch_axes": ("fsdp",)}, r"batch_axes names 'fsdp'.*batch_axes=\(\) for none"),
+        ({"head_axis": "tensor"}, r"head_axis names 'tensor'"),
+        ({"batch_axes": ("seq",)}, r"each mesh axis may be used once"),
+        ({name: X[:3] for name in "qkv"}, r"batch B = 3 is not divisible by 2, the size of mesh axis data"),
+        ({"q": X[:, :30]}, r"query length T = 30 is not divisible by 4, the size of mesh axis seq"),
+        ({name: X[:, :30] for name in "kv"}, r"key length S = 30 is not divisible by 4"),
+        ({name: X[:, :, :6] for name in "qkv"}, r"N = 6 query heads cannot be divided over P = 4.*\[1, 2, 3, 6\]"),
+        ({"q": jnp.zeros((4, 32, 12, 4)), "k": X[:, :, :6], "v": X[:, :, :6]}, r"K = 6 KV heads cannot be dealt over P = 4"),
+        ({"k": X[:, :, :3], "v": X[:, :, :3]}, r"K must divide N"),
+        ({"mask": jnp.ones((32, 32), bool)}, r"it must come from make_mask. A dense \[T, S\] mask cannot scale"),
+        ({"mask": make_mask(32, 16)}, r"mask was made for T = 32, S = 16"),
+        (
+            {"segment_ids": jnp.zeros((4, 8), jnp.int32)},
+            r"segment_ids is int32\[4, 8\]; it must be integers \[B, T\] with T = 32",
+        ),
+        ({"segment_ids": jnp.zeros((2, 32), jnp.int32)}, r"segment_ids are for a batch of 2, but q has B = 4"),
+        ({"implementation": "triton"}, r"implementation is 'triton'"),
+    ],
+)
+def test_refuses_what_the_mesh_cannot_divide_before_anything_compiles(arguments, message):
+    with pytest.raises(ValueError, match=message), compilations() as number:
+        ulysses_attention(**({"q": X, "k": X, "v": X, "mesh": make_mesh(data=2, seq=4)} | arguments))
+    assert number() == 0
+
+
+def test_the_core_refuses_an_axis_that_is_not_there():
+    with pytest.raises(ValueError, match="axis_name is 'seq', but the code does not run inside a shard_map"):
+        ulysses_attention_shard(X, X, X)
