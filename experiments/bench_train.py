@@ -10,13 +10,13 @@ from pathlib import Path
 
 import jax
 import tyro
+
+from experiments import record
 from ulysses_jax import costs, recipes
 from ulysses_jax.config import MeshConfig, TrainConfig
 from ulysses_jax.data import Packing, open_corpus, place
 from ulysses_jax.mesh import make_mesh
 from ulysses_jax.train import batch_shapes, build
-
-from experiments import record
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

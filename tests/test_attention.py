@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ulysses_jax.attention import dot_product_attention, make_mask
-from ulysses_jax.attention.blocked import blocked_attention
 
 from tests.oracles import TOLERANCE, Case, attention, attention_gradients, errors_beyond, quick_jit
+from ulysses_jax.attention import dot_product_attention, make_mask
+from ulysses_jax.attention.blocked import blocked_attention
 
 CASES = {
     "full": Case(),

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from ulysses_jax import cli, recipes
 from ulysses_jax.config import RopeScaling, to_dict
 

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen, nnx
+
+from tests.oracles import TOLERANCE, dense_mask, quick_jit, relative_error
 from ulysses_jax.attention import make_mask
 from ulysses_jax.mesh import make_mesh
 from ulysses_jax.ulysses import FlaxAttention, attention_fn
-
-from tests.oracles import TOLERANCE, dense_mask, quick_jit, relative_error
 
 B, T, N, D = 2, 16, 8, 32
 IDS = np.sort(np.random.default_rng(0).integers(1, 4, (B, T)), axis=1).astype(np.int32)

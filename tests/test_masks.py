@@ -6,9 +6,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ulysses_jax.attention.masks import Mask, make_mask, normalize_window, tile_range
 
 from tests.oracles import dense_mask
+from ulysses_jax.attention.masks import Mask, make_mask, normalize_window, tile_range
 
 SHAPES = ((24, 24), (17, 30), (33, 9))  # few, so that each operation compiles for few shapes
 TILES = ((8, 8), (5, 3), (4, 16))

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, PartitionSpec
+
 from ulysses_jax.mesh import DATA, SEQ, axes_size, make_mesh, token_spec
 
 

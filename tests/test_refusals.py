@@ -20,6 +20,8 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
+
+from tests import conftest as conftest  # the same 8 devices when this file is run by itself
 from ulysses_jax import (
     ModelConfig,
     TrainConfig,
@@ -41,8 +43,6 @@ from ulysses_jax.config import CheckpointConfig, DataConfig, MeshConfig, Optimiz
 from ulysses_jax.data import open_corpus
 from ulysses_jax.report import claim
 from ulysses_jax.zero import hold
-
-from tests import conftest as conftest  # the same 8 devices when this file is run by itself
 
 FILE = Path(__file__).with_name("REFUSALS.md")
 

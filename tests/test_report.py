@@ -7,6 +7,7 @@ import math
 
 import pytest
 from rich.console import Console
+
 from ulysses_jax import recipes
 from ulysses_jax.config import CheckpointConfig, MeshConfig, TrainConfig, to_dict
 from ulysses_jax.report import claim, conclude, describe, draw_losses, read_metrics, read_summary, reporting

@@ -5,6 +5,7 @@ import signal
 
 import jax
 import pytest
+
 from ulysses_jax import runtime
 
 VARIABLES = (

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from tests.oracles import TOLERANCE, Case, attention, errors_beyond, quick_jit, relative_error
 from ulysses_jax.attention import dot_product_attention, make_mask
 from ulysses_jax.mesh import make_mesh
 from ulysses_jax.ulysses import heads_to_seq, repeat_kv_heads, seq_to_heads, ulysses_attention, ulysses_attention_shard
-
-from tests.oracles import TOLERANCE, Case, attention, errors_beyond, quick_jit, relative_error
 
 TOKENS = PartitionSpec("data", "seq")
 HEADS = PartitionSpec("data", None, "seq")

@@ -1,0 +1,68 @@
+"""Closed forms against counting and against compiled programs."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from tests.trainers import FAST, MODEL, collectives
+from ulysses_jax import costs, recipes
+from ulysses_jax.mesh import make_mesh
+from ulysses_jax.ulysses import ulysses_attention
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("window", [None, 0, 1, 3, 6, 7, 50])
+@pytest.mark.parametrize("length", [1, 2, 7])
+def test_visible_pairs_equal_a_count(length, window, is_causal):
+    count = sum(
+        (s <= t or not is_causal) and (window is None or abs(t - s) <= window) for t in range(length) for s in range(length)
+    )
+    assert costs.visible_pairs(length, is_causal=is_causal, window=window) == count
+
+
+def test_step_flops_are_six_a_parameter_and_token_and_attention():
+    """A layer's matrices by hand, forward 2 a weight and token, backward twice that; attention's two products alike."""
+    model, B, T = recipes.tiny(), 3, 100
+    layer = 4 * 128 * 128 + 3 * 128 * 384  # Q, K, V, output; gate, up, down
+    attention = 2 * (2 * 2 * (T * (T + 1) // 2) * 128)  # 2 layers of Q·Kᵀ and P·V over the visible half
+    head = 320 * 128  # the embedding is looked up, not multiplied
+    assert costs.step_flops(model, batch_size=B, seq_len=T) == B * (6 * (2 * layer + head) * T + 3 * attention)
+
+
+def test_step_flops_count_a_tied_head_and_a_window():
+    model, B, T = dataclasses.replace(recipes.tiny(), tie_embeddings=True), 1, 100
+    whole = costs.step_flops(recipes.tiny(), batch_size=B, seq_len=T)
+    assert costs.step_flops(model, batch_size=B, seq_len=T) == whole
+    windowed = costs.step_flops(dataclasses.replace(model, local_window_size=0), batch_size=B, seq_len=T)
+    assert whole - windowed == 3 * 2 * 4 * 128 * (T * (T + 1) // 2 - T)
+    both_ways = costs.step_flops(dataclasses.replace(model, is_causal=False), batch_size=B, seq_len=T)
+    assert both_ways - whole == 3 * 2 * 4 * 128 * (T * T - T * (T + 1) // 2)
+
+
+@pytest.mark.parametrize("degree", [2, 4, 8])
+@pytest.mark.parametrize("kv_heads", [8, 4, 2, 1])
+def test_exchange_elements_equal_the_compiled_all_to_alls(kv_heads, degree):
+    """MHA, GQA, and KV heads fewer than devices; repeating them to N heads in place of P breaks it."""
+    B, T, N, H = 2, 16, 8, 4
+    mesh = make_mesh(seq=degree)
+    q, kv = (jax.ShapeDtypeStruct((B, T, n, H), jnp.float32) for n in (N, kv_heads))
+    exchange = jax.jit(lambda q, k, v: ulysses_attention(q, k, v, mesh=mesh, implementation="reference"))
+    crossings = collectives(exchange.lower(q, kv, kv).compile(FAST))
+    assert [c.op for c in crossings] == ["all-to-all"] * 4
+    model = dataclasses.replace(MODEL, num_heads=N, num_kv_heads=kv_heads, head_dim=H)
+    handed_over = sum(c.elements for c in crossings)
+    assert handed_over == costs.exchange_elements(model, batch_size=B, seq_len=T, degree=degree)
+
+
+def test_exchange_is_the_papers_formula_where_every_head_has_its_kv_and_constant_with_the_mesh():
+    """4·T·D/P, unchanged when T and P grow together; nothing on one device."""
+    model = dataclasses.replace(MODEL, num_heads=16, num_kv_heads=16)
+    sent = {P: costs.exchange_elements(model, batch_size=1, seq_len=1024 * P, degree=P) for P in (2, 4, 8)}
+    assert set(sent.values()) == {4 * 1024 * 16 * model.head_dim}
+    assert costs.exchange_elements(model, batch_size=1, seq_len=1024, degree=1) == 0
+
+
+def test_divided_bytes_round_up_and_leave_the_rest_whole():
+    assert costs.divided_bytes({"a": (80, True), "b": (9, True), "c": (5, False)}, devices=8, itemsize=2) == 2 * (10 + 2 + 5)
