@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from ulysses_jax import costs, recipes, runtime
-from ulysses_jax.config import TrainConfig, to_dict
+from ulysses_jax.config import MeshConfig, TrainConfig, deal_heads, to_dict
 from ulysses_jax.report import show
 
 __all__ = ["main"]
@@ -117,7 +117,7 @@ def announce(name: str, command: TrainCommand, console: Console) -> None:
     mesh, data = config.mesh, config.data
     console.print(
         f"{name}: {parameters:,} parameters, {config.steps:,} steps of {data.batch_size} sequences × "
-        f"{data.seq_len:,} tokens\nmesh data {mesh.data} × seq {mesh.seq} = {mesh.size} devices, ZeRO-{config.zero_stage}, "
+        f"{data.seq_len:,} tokens\nmesh {_axes(mesh)} = {mesh.size} devices, ZeRO-{config.zero_stage}, "
         f"run folder {command.out}",
         highlight=False,
         soft_wrap=True,
@@ -187,19 +187,20 @@ def dry_run(config: TrainConfig, console: Console) -> None:
     model, mesh, T, B = config.model, config.mesh, config.data.seq_len, config.data.batch_size
     local, itemsize = B // mesh.data // config.accumulation, 2 if model.dtype == "bfloat16" else 4
 
-    def exchanged(heads: int) -> str:
-        mine = max(1, heads // mesh.seq)
-        return f"[{local}, {T // mesh.seq}, {heads}, {model.head_dim}] → [{local}, {T}, {mine}, {model.head_dim}]"
+    mine, dealing = T // (mesh.ring * mesh.seq), deal_heads(model.num_heads, model.num_kv_heads, mesh.seq)
 
-    sent = itemsize * costs.exchange_elements(model, batch_size=local, seq_len=T, degree=mesh.seq)
+    def exchanged(heads: int, dealt: int) -> str:
+        return f"[{local}, {mine}, {heads}, {model.head_dim}] → [{local}, {T // mesh.ring}, {dealt}, {model.head_dim}]"
+
+    sent = itemsize * costs.exchange_elements(model, batch_size=local, seq_len=T // mesh.ring, degree=mesh.seq)
     show(
         console,
         "shapes",
         {
-            "mesh": f"data {mesh.data} × seq {mesh.seq} = {n} devices, ZeRO-{config.zero_stage}",
-            "tokens [B, T]": f"[{B}, {T}], of which a device holds [{local}, {T // mesh.seq}] a micro-batch",
-            "queries a device": exchanged(model.num_heads),
-            "keys and values a device": exchanged(model.num_kv_heads),
+            "mesh": f"{_axes(mesh)} = {n} devices, ZeRO-{config.zero_stage}",
+            "tokens [B, T]": f"[{B}, {T}], of which a device holds [{local}, {mine}] a micro-batch",
+            "queries a device": exchanged(model.num_heads, len(dealing.queries) // mesh.seq),
+            "keys and values a device": exchanged(model.num_kv_heads, len(dealing.keys) // mesh.seq),
             "exchanged a layer": f"{_bytes(sent)} a device, forward",
             "model FLOPs a step": f"{costs.step_flops(model, batch_size=B, seq_len=T):.3e}",
         },
@@ -207,8 +208,13 @@ def dry_run(config: TrainConfig, console: Console) -> None:
     stage = config.zero_stage
     parts = {"parameters": 4 * total / (n if stage >= 3 else 1), "gradients": 4 * total / (n if stage >= 2 else 1)}
     parts["optimizer"] = 8 * total / (n if stage >= 1 else 1)
-    parts["layer inputs"] = itemsize * model.num_layers * local * (T // mesh.seq) * model.embed_dim
+    parts["layer inputs"] = itemsize * model.num_layers * local * mine * model.embed_dim
     show(console, "bytes a device", {**{k: _bytes(v) for k, v in parts.items()}, "all": _bytes(sum(parts.values()))})
+
+
+def _axes(mesh: MeshConfig) -> str:
+    ring = f"ring {mesh.ring} × " if mesh.ring > 1 else ""
+    return f"data {mesh.data} × {ring}seq {mesh.seq}"
 
 
 def _bytes(count: float) -> str:

@@ -4,26 +4,29 @@ A `TrainConfig` built is a config that can run: the rules are checked when it is
 """
 
 import dataclasses
+import functools
 import math
 import types
 import typing
 from pathlib import PurePath
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 __all__ = [
     "CheckpointConfig",
     "DataConfig",
+    "Dealing",
     "MeshConfig",
     "ModelConfig",
     "OptimizerConfig",
     "RopeScaling",
     "TrainConfig",
+    "deal_heads",
     "to_dict",
 ]
 
 type Remat = Literal["none", "attention", "full"]
 type Dtype = Literal["bfloat16", "float32"]
-type Implementation = Literal["cudnn", "xla", "reference"]
+type Implementation = Literal["pallas", "cudnn", "xla", "reference"]
 
 
 def _at_least(name: str, value: float, least: float) -> None:
@@ -156,15 +159,23 @@ class MeshConfig:
     """devices along the batch"""
     seq: int = 1
     """devices along the sequence, the Ulysses degree"""
+    ring: int = 1
+    """rings of such devices, for degrees beyond the head count"""
 
     def __post_init__(self):
         _check_types(self, "mesh.")
         _at_least("mesh.data", self.data, 1)
         _at_least("mesh.seq", self.seq, 1)
+        _at_least("mesh.ring", self.ring, 1)
 
     @property
     def size(self) -> int:
-        return self.data * self.seq
+        return self.data * self.ring * self.seq
+
+    @property
+    def parts(self) -> int:
+        """How many equal parts a sequence is cut into: one a device, or two on a ring, where each holds an early and a late."""
+        return self.seq if self.ring == 1 else 2 * self.ring * self.seq
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -292,10 +303,11 @@ class TrainConfig:
             raise ValueError(f"zero_stage is {self.zero_stage}; it must be 0, 1, 2 or 3.")
         if self.wandb == "":
             raise ValueError("wandb is ''; it must be the name of a project, or None for no tracking.")
-        if self.data.seq_len % self.mesh.seq:
+        if self.data.seq_len % (parts := self.mesh.parts):
+            named = f"mesh.seq = {parts}" if self.mesh.ring == 1 else f"2 × mesh.ring × mesh.seq = {parts}"
             raise ValueError(
-                f"data.seq_len is {self.data.seq_len}; it must be a multiple of mesh.seq = {self.mesh.seq}. "
-                f"The nearest above is {-(-self.data.seq_len // self.mesh.seq) * self.mesh.seq}."
+                f"data.seq_len is {self.data.seq_len}; it must be a multiple of {named}. "
+                f"The nearest above is {-(-self.data.seq_len // parts) * parts}."
             )
         rows = self.mesh.data * self.accumulation
         if self.data.batch_size % rows:
@@ -303,25 +315,45 @@ class TrainConfig:
                 f"data.batch_size is {self.data.batch_size}; it must be a multiple of mesh.data × accumulation = "
                 f"{self.mesh.data} × {self.accumulation}. The nearest above is {-(-self.data.batch_size // rows) * rows}."
             )
-        check_degree(self.model.num_heads, self.model.num_kv_heads, self.mesh.seq, "seq")
 
 
-def check_degree(heads: int, kv_heads: int, degree: int, axis: str) -> None:
-    """Refuse head counts that cannot be dealt out evenly over `degree` devices.
+class Dealing(NamedTuple):
+    """Which heads each of P devices computes: `slots` of query heads and of KV heads, devices one after the other."""
 
-    Raises:
-      ValueError: P does not divide N, or K and P do not divide each other.
+    queries: tuple[int, ...]
+    """for each of P·n slots the query head in it"""
+    keys: tuple[int, ...]
+    """for each of P·m slots the KV head in it; slots i·n/m … of a device's queries read its slot i"""
+    slots: tuple[int, ...]
+    """for each of N query heads its slot; slots that no head names hold copies, computed and dropped"""
+
+
+@functools.cache
+def deal_heads(heads: int, kv_heads: int, degree: int) -> Dealing:
+    """Deal N query heads and the K KV heads they read to P devices, as evenly as can be.
+
+    Attention inside a device wants the same number g of queries for each of its KV heads. So each KV head's N/K queries are
+    cut into parts of at most g, and every device takes m of the K·⌈(N/K)/g⌉ parts. Of all g, the one that leaves a device
+    the fewest query heads m·g is taken (time), and of those the one that sends the fewest KV heads m (bytes). The
+    first is always ⌈N/P⌉, since parts of one query allow it; where P divides N and K, m is K/P, and 1 where K divides P.
     """
-    if heads % degree:
-        raise ValueError(
-            f"N = {heads} query heads cannot be divided over P = {degree} devices of axis {axis!r}; P must divide N. "
-            f"Use a degree among {[p for p in range(1, heads + 1) if heads % p == 0]}."
-        )
-    if kv_heads % degree and degree % kv_heads:
-        raise ValueError(
-            f"K = {kv_heads} KV heads cannot be dealt over P = {degree} devices of axis {axis!r}; K must be a multiple or a "
-            f"divisor of P. Use another degree, or repeat the KV heads to {heads}."
-        )
+    group = heads // kv_heads
+
+    def each(g: int) -> tuple[int, int]:
+        parts_a_device = -(-kv_heads * -(-group // g) // degree)
+        return parts_a_device * g, parts_a_device
+
+    size = min(range(1, group + 1), key=each)
+    parts = [(kv, range(start, min(start + size, group))) for kv in range(kv_heads) for start in range(0, group, size)]
+    parts += [(0, range(0))] * (each(size)[1] * degree - len(parts))
+    queries, slots = [], {}
+    for kv, members in parts:
+        for i in range(size):
+            head = kv * group + (members[min(i, len(members) - 1)] if members else 0)
+            if i < len(members):
+                slots[head] = len(queries)
+            queries.append(head)
+    return Dealing(tuple(queries), tuple(kv for kv, _ in parts), tuple(slots[head] for head in range(heads)))
 
 
 def to_dict(config) -> dict:

@@ -5,7 +5,7 @@ FLOPs are the model's own: causal attention counts the visible half once, and no
 
 import math
 
-from ulysses_jax.config import ModelConfig
+from ulysses_jax.config import ModelConfig, deal_heads
 
 __all__ = [
     "attention_flops",
@@ -64,13 +64,15 @@ def step_flops(config: ModelConfig, *, batch_size: int, seq_len: int) -> float:
 def exchange_elements(config: ModelConfig, *, batch_size: int, seq_len: int, degree: int) -> int:
     """Elements a device hands to the all-to-alls of one layer's forward; (P−1)/P of them leave it.
 
-    B·T·H·(2·N + 2·max(K, P)) / P: queries and output, keys and values (repeated to P heads where K < P). With K = N that is
-    the paper's 4·T·D/P, constant when T and P grow together. The backward exchanges as much again.
+    2·B·T·H·(n + m) for the n query heads and m KV heads that each device is dealt (`deal_heads`): queries and output, keys
+    and values. Where P divides N and K that is 2·B·T·H·(N + K)/P, with K = N the paper's 4·T·D/P, constant when T and P grow
+    together; where K < P, m is 1 and its part grows with T. The backward exchanges as much again.
     """
     if degree == 1:
         return 0
-    heads = 2 * config.num_heads + 2 * max(config.num_kv_heads, degree)
-    return batch_size * seq_len // degree * config.head_dim * heads
+    dealing = deal_heads(config.num_heads, config.num_kv_heads, degree)
+    slots = len(dealing.queries) + len(dealing.keys)  # of all devices
+    return 2 * batch_size * seq_len * config.head_dim * slots // degree
 
 
 def divided_bytes(leaf_sizes: dict[str, tuple[int, bool]], devices: int, itemsize: int = 4) -> int:

@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from ulysses_jax.config import DataConfig
-from ulysses_jax.mesh import token_spec
+from ulysses_jax.mesh import RING, token_order, token_spec
 
 __all__ = ["END", "Batch", "Corpus", "Packing", "byte_entropy", "open_corpus", "place", "read_ahead"]
 
@@ -194,8 +194,10 @@ def read_ahead(packing: Packing, steps: range) -> Iterator[Batch]:
 
 
 def place(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
-    """A global batch on the mesh: every process holds all of it and hands its own devices their parts."""
+    """A global batch on the mesh, in its `token_order`: every process holds all of it and hands its devices their parts."""
     sharding = NamedSharding(mesh, token_spec(mesh))
+    if (ring := mesh.shape.get(RING, 1)) > 1:
+        batch = {name: x[:, token_order(x.shape[1], ring)] for name, x in batch.items()}
     return {name: jax.make_array_from_callback(x.shape, sharding, lambda index, x=x: x[index]) for name, x in batch.items()}
 
 

@@ -12,7 +12,9 @@ from contextlib import contextmanager, suppress
 import jax
 from jax.experimental import multihost_utils
 
-__all__ = ["Stop", "initialize", "stopping"]
+__all__ = ["PATIENCE", "Stop", "initialize", "stopping"]
+
+PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
 
 
 def initialize(mesh_size: int) -> None:
@@ -47,6 +49,10 @@ def initialize(mesh_size: int) -> None:
         jax.distributed.initialize(coordinator, processes, index)
     elif processes > 1:
         jax.distributed.initialize()
+    # Virtual devices share few cores: they may wait for each other longer than XLA's 40 s, and programs that are dispatched
+    # ahead may wait for each other for ever.
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {PATIENCE}".strip()
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     with suppress(RuntimeError):  # jax has made its devices already, in a notebook for example: make_mesh counts them
         jax.config.update("jax_num_cpu_devices", mesh_size // processes)
     try:

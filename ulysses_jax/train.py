@@ -24,12 +24,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 
 from ulysses_jax import costs
-from ulysses_jax.attention import make_mask
+from ulysses_jax.attention import check_platform, make_mask
 from ulysses_jax.attention.blocked import varying_like
 from ulysses_jax.checkpoint import Checkpoints
 from ulysses_jax.config import OptimizerConfig, TrainConfig
 from ulysses_jax.data import END, Corpus, Packing, byte_entropy, open_corpus, place, read_ahead
-from ulysses_jax.mesh import DATA, SEQ, make_mesh, token_spec
+from ulysses_jax.mesh import DATA, RING, SEQ, make_mesh, token_order, token_spec
 from ulysses_jax.model import Transformer
 from ulysses_jax.report import claim, conclude, describe, draw_losses, read_metrics, read_summary, reporting
 from ulysses_jax.runtime import Stop, stopping
@@ -41,8 +41,6 @@ __all__ = ["Program", "batch_shapes", "build", "make_optimizer", "run", "token_l
 type Tree = Any
 type State = dict[str, Tree]
 """{"params", "opt_state", "step"}: all that a run must save."""
-
-AXES = (DATA, SEQ)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,13 +65,15 @@ def build(config: TrainConfig, mesh: Mesh) -> Program:
     Raises:
       ValueError: a mesh that is not the config's.
     """
-    if (mesh.shape.get("data"), mesh.shape.get("seq")) != (config.mesh.data, config.mesh.seq):
-        raise ValueError(f"the mesh is {dict(mesh.shape)}, but the config says data={config.mesh.data}, seq={config.mesh.seq}.")
+    if {"ring": 1, **mesh.shape} != dataclasses.asdict(config.mesh):
+        raise ValueError(f"the mesh is {dict(mesh.shape)}, but the config says {dataclasses.asdict(config.mesh)}.")
 
     def create() -> Transformer:
         return Transformer(
             config.model,
-            attention=ShardAttention(implementation=config.implementation),
+            attention=ShardAttention(
+                implementation=config.implementation, ring_axis=RING if RING in mesh.shape else None, balanced=True
+            ),
             unshard=Unshard(config.model.dtype),
             rngs=nnx.Rngs(config.seed),
         )
@@ -197,7 +197,8 @@ def run(config: TrainConfig, out: Path, console: Console | None = None, *, stop:
         )
     packing = Packing(corpus.train, config.data, config.model.vocab_size, is_causal=config.model.is_causal)
     packing.batch(0)  # unreadable or unfitting data shows before anything compiles
-    mesh = make_mesh(data=config.mesh.data, seq=config.mesh.seq)
+    mesh = make_mesh(**dataclasses.asdict(config.mesh))
+    check_platform(config.implementation, mesh.devices.flat[0].platform)
     speaks = jax.process_index() == 0
     claim(out, config, corpus.fingerprint, write=speaks)
     console = console if speaks else Console(quiet=True)
@@ -213,7 +214,7 @@ def run(config: TrainConfig, out: Path, console: Console | None = None, *, stop:
             console.print(f"continuing from step {first}", highlight=False)
         with reporting(config, out, console, first_step=first, speaks=speaks) as report:
             kind = mesh.devices.flat[0].device_kind
-            report.say(f"compiling for {mesh.size} × {kind}: data {config.mesh.data} × seq {config.mesh.seq}")
+            report.say(f"compiling for {mesh.size} × {kind}")
             step = program.step.lower(program.abstract, batch_shapes(config, mesh)).compile()
             state = program.init() if state is None else state
             state, finished = _loop(program, step, state, first, packing, corpus, checkpoints, report, stop)
@@ -233,29 +234,26 @@ def _loop(program, step, state, first, packing, corpus, checkpoints, report, sto
     """Steps `first` to the last; answers the state, and whether it got there."""
     config = program.config
     flops = costs.step_flops(config.model, batch_size=config.data.batch_size, seq_len=config.data.seq_len)
-    since, at = time.perf_counter(), first
+    tokens = config.data.batch_size * config.data.seq_len
+    since, at, ahead = time.perf_counter(), first, None
     for i, batch in zip(range(first + 1, config.steps + 1), read_ahead(packing, range(first, config.steps)), strict=True):
         state, metrics = step(state, place(batch, program.mesh))
+        jax.block_until_ready(ahead)  # one step runs while the next is prepared, never more
+        ahead = metrics["loss"]
         if i % config.log_every == 0 or i in (1, config.steps):
-            metrics = {name: float(x) for name, x in metrics.items()}
+            values = {name: float(x) for name, x in metrics.items()}
             seconds = (time.perf_counter() - since) / (i - at)
+            per_device = flops / seconds / program.mesh.size / 1e12
+            report.write({"step": i, **values, "tokens_per_s": tokens / seconds, "model_tflops_per_device": per_device})
             since, at = time.perf_counter(), i
-            tokens = config.data.batch_size * config.data.seq_len
-            speed = {
-                "tokens_per_s": tokens / seconds,
-                "model_tflops_per_device": flops / seconds / program.mesh.size / 1e12,
-            }
-            report.write({"step": i, **metrics, **speed})
-            if not np.isfinite(metrics["loss"]):
-                raise ValueError(
-                    f"the loss is {metrics['loss']} at step {i}; the last save is kept. Try a lower optimizer.learning_rate."
-                )
         report.advance(i)
+        asked = stop.requested(i)
         if config.eval_every and i % config.eval_every == 0 and i < config.steps:
             report.write({"step": i, **evaluate(program, state["params"], corpus)})
             since, at = time.perf_counter(), i
-        asked = stop.requested(i)
         if asked or i == config.steps or i % config.checkpoint.every == 0:
+            if not np.isfinite(loss := float(metrics["loss"])):
+                raise ValueError(f"the loss is {loss} at step {i}; the last save is kept. Try a lower optimizer.learning_rate.")
             checkpoints.save(i, state)
         if asked and i < config.steps:
             return state, False
@@ -318,7 +316,7 @@ def _loss_and_grads(config: TrainConfig, graph, stored: Tree, batch: dict[str, A
 
     The mean is one sum over one count. Each device differentiates its own share of it; `Unshard` adds the shares up.
     """
-    tokens = lax.psum(batch["weights"].sum(), AXES)
+    tokens = lax.psum(batch["weights"].sum(), _axes(config))
     pieces = jax.tree.map(lambda x: x.piece, stored, is_leaf=_is_stored)
 
     def share(pieces: Tree, micro: dict[str, Array]) -> Array:
@@ -335,28 +333,39 @@ def _loss_and_grads(config: TrainConfig, graph, stored: Tree, batch: dict[str, A
         zeros = jax.tree.map(lambda x: varying_like(jnp.zeros(x.shape, x.dtype), x), pieces)
         start = varying_like(jnp.zeros((), jnp.float32), batch["weights"])
         (loss, grads), _ = lax.scan(add, (start, zeros), micros)
-    return lax.psum(loss, AXES), grads, tokens
+    return lax.psum(loss, _axes(config)), grads, tokens
 
 
 def _summed_loss(config: TrainConfig, graph, stored: Tree, batch: dict[str, Array]) -> tuple[Array, Array]:
     loss = _local_loss(config, nnx.merge(graph, stored), batch)
-    return lax.psum(loss, AXES), lax.psum(batch["weights"].sum(), AXES)
+    return lax.psum(loss, _axes(config)), lax.psum(batch["weights"].sum(), _axes(config))
 
 
 def _local_loss(config: TrainConfig, model: Transformer, batch: dict[str, Array]) -> Array:
     """The summed loss of this device's tokens. The mask is prepared here, once for all layers."""
-    ids = batch.get("segment_ids")
+    ids, ring = batch.get("segment_ids"), config.mesh.ring
     if ids is not None:
-        ids = lax.all_gather(ids, SEQ, axis=1, tiled=True)
+        ids = lax.all_gather(ids, _axes(config)[1:], axis=1, tiled=True)
     window = config.model.local_window_size
-    mask = make_mask(
-        config.data.seq_len,
-        is_causal=config.model.is_causal,
-        local_window_size=None if window is None else (window, 0 if config.model.is_causal else window),
-        segment_ids=ids,
+    mask = None
+    if ring == 1:
+        mask = make_mask(
+            config.data.seq_len,
+            is_causal=config.model.is_causal,
+            local_window_size=None if window is None else (window, 0 if config.model.is_causal else window),
+            segment_ids=ids,
+        )
+    elif ids is not None:  # each turn of the ring makes masks of its own, from ids in the sequence's order
+        ids = ids[:, np.argsort(token_order(config.data.seq_len, ring))]
+    features = model.features(
+        batch["tokens"], positions=batch["positions"], mask=mask, segment_ids=ids if mask is None else None
     )
-    features = model.features(batch["tokens"], positions=batch["positions"], mask=mask)
     return token_losses(model, features, batch["labels"], batch["weights"], tile=config.loss_tile)
+
+
+def _axes(config: TrainConfig) -> tuple[str, ...]:
+    """The mesh's axes, as `make_mesh` names them."""
+    return (DATA, SEQ) if config.mesh.ring == 1 else (DATA, RING, SEQ)
 
 
 def _specs(shardings: Tree) -> Tree:

@@ -18,9 +18,10 @@ global arrays; `attention_fn` dresses it for Flax's attention layers.
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 import jax
+import jax.numpy as jnp
 from jax import Array, lax
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
@@ -38,16 +39,17 @@ from ulysses_jax.attention import (
     normalize_window,
     pair_of_ids,
 )
-from ulysses_jax.config import check_degree
+from ulysses_jax.config import deal_heads
 from ulysses_jax.mesh import DATA, SEQ, axes_size
+from ulysses_jax.ring import ring_attention_shard
 
 __all__ = [
     "FlaxAttention",
     "ShardAttention",
     "attention_fn",
     "heads_to_seq",
-    "repeat_kv_heads",
     "seq_to_heads",
+    "take_heads",
     "ulysses_attention",
     "ulysses_attention_shard",
 ]
@@ -68,13 +70,16 @@ def heads_to_seq(x: Array, axis_name: str) -> Array:
     return lax.all_to_all(x, axis_name, split_axis=1, concat_axis=2, tiled=True)
 
 
-def repeat_kv_heads(x: Array, degree: int) -> Array:
-    """[B, S, K, H] → [B, S, max(K, P), H]: where K < P, each KV head once for every device that reads it.
-
-    P/K copies is the least that gives every device the one KV head of its query heads: each receives S·H elements.
-    """
-    kv_heads = x.shape[2]
-    return x if kv_heads >= degree else x.repeat(degree // kv_heads, axis=2)
+def take_heads(x: Array, heads: tuple[int, ...]) -> Array:
+    """[B, T, N, H] → [B, T, len(heads), H], the heads named, in that order; copies' gradients add up."""
+    if heads == tuple(range(x.shape[2])):
+        return x
+    runs, start = [], 0
+    for i in range(1, len(heads) + 1):  # consecutive heads as one slice each: a gather's gradient would be a scatter
+        if i == len(heads) or heads[i] != heads[i - 1] + 1:
+            runs.append(x[:, :, heads[start] : heads[i - 1] + 1])
+            start = i
+    return jnp.concatenate(runs, axis=2)
 
 
 def ulysses_attention_shard(
@@ -90,44 +95,62 @@ def ulysses_attention_shard(
     logits_soft_cap: float | None = None,
     mask: Mask | None = None,
     implementation: str | None = None,
+    deterministic: bool = False,
+    length: int | tuple[int, int] | None = None,
+    ring_axis: str | None = None,
+    balanced: bool = False,
 ) -> Array:
     """Attention over a sequence of which this device holds T/P tokens; call it inside `shard_map`.
+
+    Any N and K will do: heads are dealt as evenly as can be (`config.deal_heads`), and a device computes ⌈N/P⌉.
 
     Args:
       q: [B, T/P, N, H], this device's tokens in mesh order along `axis_name`, of size P.
       k: [B, S/P, K, H].
       v: [B, S/P, K, H].
-      axis_name: the mesh axis the sequence is divided over. P must divide N, and P divide K or K divide P.
+      axis_name: the mesh axis the sequence is divided over.
       segment_ids: for the whole sequence, [B, T] (or a pair with [B, S]), the same on every device of the axis; or this
         device's part, [B, T/P], which is then gathered (integers only). Hand over whole ids, or `mask`, to gather once for
         all layers.
       mask: a `make_mask` result for the whole sequence.
-      is_causal, scale, local_window_size, logits_soft_cap, implementation: as in `dot_product_attention`.
+      length: T, or (T, S), where P does not divide them and the last devices' parts are padded; pads are cut off before
+        attention, and come out as zeros.
+      ring_axis: a second mesh axis of size R that divides the sequence, outside of `axis_name`: each R-th is exchanged for
+        heads, and keys and values travel around the ring (see `ring.py`). R·P may exceed N.
+      balanced: tokens lie on the ring in the balanced order of `mesh.token_order`.
+      is_causal, scale, local_window_size, logits_soft_cap, implementation, deterministic: as in `dot_product_attention`.
 
     Returns:
       [B, T/P, N, H].
 
     Raises:
-      ValueError: heads that P does not divide, or shapes that do not fit.
+      ValueError: shapes that do not fit.
     """
     check_heads(q, k, v)
     degree = _degree(axis_name)
-    check_degree(q.shape[2], k.shape[2], degree, axis_name)
-    if segment_ids is not None:
-        pair = zip(pair_of_ids(segment_ids), (q, k), strict=True)
-        segment_ids = tuple(_whole_ids(ids, x.shape[1], degree, axis_name) for ids, x in pair)  # pyright: ignore[reportAssignmentType]
-    k, v = repeat_kv_heads(k, degree), repeat_kv_heads(v, degree)
-    out = dot_product_attention(
-        *(seq_to_heads(x, axis_name) for x in (q, k, v)),
-        is_causal=is_causal,
-        scale=scale,
-        local_window_size=local_window_size,
-        segment_ids=segment_ids,
-        logits_soft_cap=logits_soft_cap,
-        mask=mask,
-        implementation=implementation,
+    dealing = deal_heads(q.shape[2], k.shape[2], degree)
+    T, S = (degree * q.shape[1], degree * k.shape[1]) if length is None else _pair(length)
+    q_all, k_all, v_all = (
+        seq_to_heads(take_heads(x, heads), axis_name)[:, :size]
+        for x, heads, size in ((q, dealing.queries, T), (k, dealing.keys, S), (v, dealing.keys, S))
     )
-    return heads_to_seq(cast(Array, out), axis_name)
+    options = {"is_causal": is_causal, "scale": scale, "local_window_size": local_window_size}
+    options |= {"logits_soft_cap": logits_soft_cap, "implementation": implementation}
+    if ring_axis is None:
+        if segment_ids is not None:
+            pair = zip(pair_of_ids(segment_ids), (q, k), strict=True)
+            segment_ids = tuple(_whole_ids(ids, x.shape[1], degree, axis_name) for ids, x in pair)  # pyright: ignore[reportAssignmentType]
+        out = dot_product_attention(
+            q_all, k_all, v_all, segment_ids=segment_ids, mask=mask, deterministic=deterministic, **options
+        )
+    else:
+        if mask is not None or isinstance(segment_ids, tuple) or S != T:
+            raise NotImplementedError("with ring_axis, pass segment_ids [B, T] in place of mask; T and S must be equal.")
+        out = ring_attention_shard(
+            q_all, k_all, v_all, axis_name=ring_axis, balanced=balanced, segment_ids=segment_ids, **options
+        )
+    out = jnp.pad(cast(Array, out), ((0, 0), (0, degree * q.shape[1] - T), (0, 0), (0, 0)))
+    return take_heads(heads_to_seq(out, axis_name), dealing.slots)
 
 
 def ulysses_attention(
@@ -143,9 +166,12 @@ def ulysses_attention(
     logits_soft_cap: float | None = None,
     mask: Mask | None = None,
     implementation: str | None = None,
+    deterministic: bool = False,
     seq_axis: str = SEQ,
     batch_axes: Sequence[str] = (DATA,),
     head_axis: str | None = None,
+    ring_axis: str | None = None,
+    balanced: bool = False,
 ) -> Array:
     """Attention on global arrays, the sequence divided over a mesh axis; inside or outside `jit`, differentiable.
 
@@ -154,13 +180,17 @@ def ulysses_attention(
       k: [B, S, K, H].
       v: [B, S, K, H].
       mesh: any `jax.sharding.Mesh`, its axes Auto or Explicit.
-      seq_axis: the axis that divides T and S. Its size P must divide T, S and N (or N over `head_axis`), and P divide K
-        or K divide P.
+      seq_axis: the axis that divides T and S, of size P. Any T, S, N and K will do; where P does not divide them, a device
+        holds ⌈T/P⌉ tokens and computes ⌈N/P⌉ heads.
       batch_axes: the axes that divide B.
       head_axis: an axis that already divides N and K (tensor parallelism), if any.
       segment_ids: [B, T], or ([B, T], [B, S]).
       mask: a `make_mask` result, in place of `is_causal`, `local_window_size` and `segment_ids`.
-      is_causal, scale, local_window_size, logits_soft_cap, implementation: as in `dot_product_attention`.
+      ring_axis: a second axis that divides T, for degrees beyond the head count; see `ulysses_attention_shard`. T must be a
+        multiple of what it and `seq_axis` divide it into.
+      balanced: with `ring_axis`, the tokens of q, k and v lie in the order of `mesh.token_order`, which spreads causal work
+        evenly; by default in their natural order.
+      is_causal, scale, local_window_size, logits_soft_cap, implementation, deterministic: as in `dot_product_attention`.
 
     Returns:
       [B, T, N, H], laid out like q: batch over `batch_axes`, length over `seq_axis`, heads over `head_axis`.
@@ -174,8 +204,8 @@ def ulysses_attention(
     """
     batch_axes = _axes(batch_axes)
     check_heads(q, k, v)
-    _check_axes(mesh, seq_axis, batch_axes, head_axis)
-    _check_sizes(q, k, mesh, seq_axis, batch_axes, head_axis)
+    _check_axes(mesh, seq_axis, batch_axes, head_axis, ring_axis)
+    _check_sizes(q, k, mesh, seq_axis, batch_axes, head_axis, ring_axis)
     is_causal, scale, logits_soft_cap = check_options(is_causal, scale, logits_soft_cap, implementation)
     if segment_ids is not None:  # checks the shapes here, where the whole sizes are known
         ids = jax.eval_shape(lambda pair: make_mask(q.shape[1], k.shape[1], segment_ids=pair), pair_of_ids(segment_ids))
@@ -183,7 +213,8 @@ def ulysses_attention(
     if mask is not None:
         check_mask(mask, q.shape[0], q.shape[1], k.shape[1])
 
-    tokens, whole = PartitionSpec(batch_axes or None, seq_axis, head_axis), PartitionSpec(batch_axes or None)
+    sequence = seq_axis if ring_axis is None else (ring_axis, seq_axis)
+    layout = _Layout(mesh, batch_axes or None, sequence, head_axis)
     options = {
         "axis_name": seq_axis,
         "is_causal": is_causal,
@@ -191,21 +222,58 @@ def ulysses_attention(
         "local_window_size": normalize_window(local_window_size),
         "logits_soft_cap": logits_soft_cap,
         "implementation": implementation,
+        "deterministic": deterministic,
+        "ring_axis": ring_axis,
+        "balanced": balanced,
     }
-    q, k, v = (_place(x, mesh, tokens) for x in (q, k, v))
-    segment_ids, mask = jax.tree.map(lambda x: _place(x, mesh, whole), (segment_ids, mask))
-    return _on_mesh(q, k, v, segment_ids, mask, mesh=mesh, tokens=tokens, whole=whole, options=tuple(options.items()))
+    if ring_axis is None:
+        options["length"] = (q.shape[1], k.shape[1])
+    q, k, v = (_place(x, mesh, layout.given(x)) for x in (q, k, v))
+    segment_ids, mask = jax.tree.map(lambda x: _place(x, mesh, layout.whole), (segment_ids, mask))
+    return _on_mesh(q, k, v, segment_ids, mask, layout=layout, options=tuple(options.items()))
 
 
-@functools.partial(jax.jit, static_argnames=("mesh", "tokens", "whole", "options"))
-def _on_mesh(q, k, v, segment_ids, mask, *, mesh: Mesh, tokens: PartitionSpec, whole: PartitionSpec, options: tuple) -> Array:
+class _Layout(NamedTuple):
+    """How global arrays lie on the caller's mesh."""
+
+    mesh: Mesh
+    batch: tuple[str, ...] | None
+    sequence: str | tuple[str, str]
+    heads: str | None
+
+    @property
+    def tokens(self) -> PartitionSpec:
+        return PartitionSpec(self.batch, self.sequence, self.heads)
+
+    @property
+    def whole(self) -> PartitionSpec:
+        return PartitionSpec(self.batch)
+
+    @property
+    def devices(self) -> int:
+        """How many parts a sequence has."""
+        return axes_size(self.mesh, self.sequence if isinstance(self.sequence, tuple) else (self.sequence,))
+
+    def given(self, x: Array) -> PartitionSpec:
+        """Where [B, T, N, H] lies before it is padded: on one part each only if they divide T."""
+        return self.tokens if x.shape[1] % self.devices == 0 else PartitionSpec(self.batch, None, self.heads)
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "options"))
+def _on_mesh(q, k, v, segment_ids, mask, *, layout: _Layout, options: tuple) -> Array:
     """The core over global arrays, compiled so that a call outside `jit` runs as one program too."""
-    return jax.shard_map(
+    parts = layout.devices
+    padded = [jnp.pad(x, ((0, 0), (0, -x.shape[1] % parts), (0, 0), (0, 0))) if x.shape[1] % parts else x for x in (q, k, v)]
+    q_parts, k_parts, v_parts = (_place(x, layout.mesh, layout.tokens) for x in padded)
+    out = jax.shard_map(
         lambda q, k, v, ids, mask: ulysses_attention_shard(q, k, v, segment_ids=ids, mask=mask, **dict(options)),
-        mesh=mesh,
-        in_specs=(tokens, tokens, tokens, whole, whole),
-        out_specs=tokens,
-    )(q, k, v, segment_ids, mask)
+        mesh=layout.mesh,
+        in_specs=(layout.tokens, layout.tokens, layout.tokens, layout.whole, layout.whole),
+        out_specs=layout.tokens,
+    )(q_parts, k_parts, v_parts, segment_ids, mask)
+    if q.shape[1] % parts == 0:
+        return out
+    return _place(out, layout.mesh, layout.given(q))[:, : q.shape[1]]
 
 
 def _place(x: Array, mesh: Mesh, spec: PartitionSpec) -> Array:
@@ -223,11 +291,12 @@ class ShardAttention:
     """`ulysses_attention_shard` as a value: two with equal fields are equal, so a model that holds one is not recompiled."""
 
     axis_name: str = SEQ
+    ring_axis: str | None = None
+    balanced: bool = False
     implementation: str | None = None
 
     def __call__(self, q: Array, k: Array, v: Array, **options) -> Array:
-        options.setdefault("implementation", self.implementation)
-        return ulysses_attention_shard(q, k, v, axis_name=self.axis_name, **options)
+        return ulysses_attention_shard(q, k, v, **dataclasses.asdict(self), **options)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -246,6 +315,8 @@ class FlaxAttention:
     seq_axis: str = SEQ
     batch_axes: tuple[str, ...] = (DATA,)
     head_axis: str | None = None
+    ring_axis: str | None = None
+    balanced: bool = False
 
     def __call__(
         self,
@@ -303,6 +374,8 @@ class FlaxAttention:
             seq_axis=self.seq_axis,
             batch_axes=self.batch_axes,
             head_axis=self.head_axis,
+            ring_axis=self.ring_axis,
+            balanced=self.balanced,
             **own,
         )
 
@@ -325,7 +398,7 @@ def attention_fn(mesh: Mesh, **options) -> FlaxAttention:
         )
     options["batch_axes"] = _axes(options.get("batch_axes", (DATA,)))
     attention = FlaxAttention(mesh=mesh, **options)
-    _check_axes(mesh, attention.seq_axis, attention.batch_axes, attention.head_axis)
+    _check_axes(mesh, attention.seq_axis, attention.batch_axes, attention.head_axis, attention.ring_axis)
     check_options(attention.is_causal, attention.scale, attention.logits_soft_cap, attention.implementation)
     normalize_window(attention.local_window_size)
     return attention
@@ -357,36 +430,48 @@ def _axes(batch_axes: Sequence[str] | str | None) -> tuple[str, ...]:
     return (batch_axes,) if isinstance(batch_axes, str) else tuple(batch_axes or ())
 
 
-def _check_axes(mesh: Mesh, seq_axis: str, batch_axes: tuple[str, ...], head_axis: str | None) -> None:
+def _check_axes(mesh: Mesh, seq_axis: str, batch_axes: tuple[str, ...], head_axis: str | None, ring_axis: str | None) -> None:
     if not isinstance(mesh, Mesh | AbstractMesh):
         raise ValueError(f"mesh is {in_words(mesh)}; it must be a jax.sharding.Mesh, such as make_mesh(data=2, seq=4).")
     named = [("seq_axis", seq_axis), *(("batch_axes", axis) for axis in batch_axes)]
-    for argument, axis in named + ([("head_axis", head_axis)] if head_axis else []):
+    named += [(name, axis) for name, axis in (("head_axis", head_axis), ("ring_axis", ring_axis)) if axis]
+    for argument, axis in named:
         if axis not in mesh.axis_names:
             raise ValueError(
                 f"{argument} names {axis!r}, but the mesh has axes {mesh.axis_names}. Pass {argument}= with one of those"
                 + (" (or batch_axes=() for none)." if argument == "batch_axes" else ".")
             )
-    used = [axis for _, axis in named] + ([head_axis] if head_axis else [])
+    used = [axis for _, axis in named]
     if len(set(used)) < len(used):
-        raise ValueError(f"seq_axis, batch_axes and head_axis name {used}; each mesh axis may be used once.")
+        raise ValueError(f"seq_axis, batch_axes, head_axis and ring_axis name {used}; each mesh axis may be used once.")
 
 
-def _check_sizes(q: Array, k: Array, mesh: Mesh, seq_axis: str, batch_axes: tuple[str, ...], head_axis: str | None) -> None:
-    split_heads = mesh.shape[head_axis] if head_axis else 1
+def _check_sizes(
+    q: Array,
+    k: Array,
+    mesh: Mesh,
+    seq_axis: str,
+    batch_axes: tuple[str, ...],
+    head_axis: str | None,
+    ring_axis: str | None,
+) -> None:
+    heads, ring = ((head_axis,) if head_axis else ()), ((ring_axis, seq_axis) if ring_axis else ())
     for what, size, axes in (
         ("batch B", q.shape[0], batch_axes),
-        ("query length T", q.shape[1], (seq_axis,)),
-        ("key length S", k.shape[1], (seq_axis,)),
-        ("query heads N", q.shape[2], (head_axis,) if head_axis else ()),
-        ("KV heads K", k.shape[2], (head_axis,) if head_axis else ()),
+        ("query length T", q.shape[1], ring),
+        ("key length S", k.shape[1], ring),
+        ("query heads N", q.shape[2], heads),
+        ("KV heads K", k.shape[2], heads),
     ):
         if size % (n := axes_size(mesh, axes)):
             raise ValueError(
                 f"{what} = {size} is not divisible by {n}, the size of mesh axis {' × '.join(axes)}. "
                 + ("Pad it, or use batch_axes=() to keep it whole." if what == "batch B" else "Use a size that divides it.")
             )
-    check_degree(q.shape[2] // split_heads, k.shape[2] // split_heads, mesh.shape[seq_axis], seq_axis)
+
+
+def _pair(length: int | tuple[int, int]) -> tuple[int, int]:
+    return length if isinstance(length, tuple) else (length, length)
 
 
 def _whole_ids(ids: Array, local_length: int, degree: int, axis_name: str) -> Array:

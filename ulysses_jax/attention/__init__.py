@@ -6,24 +6,30 @@ This room knows no mesh. `ulysses_jax.ulysses` puts it between two all-to-alls.
 import functools
 import logging
 import math
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from ulysses_jax.attention.blocked import blocked_attention
+from ulysses_jax.attention.blocked import blocked_attention, blocked_attention_backward
+from ulysses_jax.attention.hopper import hopper_attention, hopper_attention_backward, hopper_lacks
 from ulysses_jax.attention.masks import Mask, Segments, Window, in_words, make_mask, normalize_window, pair_of_ids
 from ulysses_jax.attention.reference import reference_attention
 
 __all__ = [
     "IMPLEMENTATIONS",
     "Mask",
+    "Options",
     "Segments",
     "Window",
+    "attend",
+    "attend_backward",
     "check_heads",
     "check_mask",
     "check_options",
+    "check_platform",
     "dot_product_attention",
     "in_words",
     "make_mask",
@@ -31,7 +37,8 @@ __all__ = [
     "pair_of_ids",
 ]
 
-IMPLEMENTATIONS = ("cudnn", "xla", "reference")
+IMPLEMENTATIONS = ("pallas", "cudnn", "xla", "reference")
+HOPPER = ("H100", "H200", "H800", "H20", "GH200")  # in the device kind of what has sm90
 _log = logging.getLogger(__name__)
 
 
@@ -47,6 +54,7 @@ def dot_product_attention(
     logits_soft_cap: float | None = None,
     mask: Mask | None = None,
     implementation: str | None = None,
+    deterministic: bool = False,
     return_residual: bool = False,
 ) -> Array | tuple[Array, Array]:
     """Multi-head attention of whole sequences on one device.
@@ -63,8 +71,9 @@ def dot_product_attention(
       segment_ids: [B, T], or ([B, T], [B, S]); a query sees only keys of its own id (packed documents).
       logits_soft_cap: c in c · tanh(logits / c), applied before masking (Gemma 2).
       mask: a `make_mask` result, in place of `is_causal`, `local_window_size` and `segment_ids`.
-      implementation: "xla" (any device, memory linear in T), "cudnn" (NVIDIA, 16-bit), "reference" (the float32 oracle),
-        or None to choose by the hardware.
+      implementation: "xla" (any device, memory linear in T), "pallas" (our kernel for Hopper GPUs; elsewhere the best there
+        is), "cudnn" (NVIDIA, 16-bit), "reference" (the float32 oracle), or None to choose by the hardware.
+      deterministic: the backward gives the same bits every time.
       return_residual: also return the log-sum-exp of the logits, [B, N, T], natural log, float32, differentiable.
 
     Returns:
@@ -83,23 +92,55 @@ def dot_product_attention(
     elif isinstance(mask, Mask) and (is_causal or local_window_size is not None or segment_ids is not None):
         raise ValueError("mask was given together with is_causal, local_window_size or segment_ids; put them into make_mask.")
     check_mask(mask, q.shape[0], q.shape[1], k.shape[1])
-    scale = float(q.shape[-1] ** -0.5) if scale is None else scale
-    if implementation is None:
-        implementation = _choose(q, mask, logits_soft_cap, return_residual)
-    match implementation:
+    options = Options(
+        float(q.shape[-1] ** -0.5) if scale is None else scale, logits_soft_cap, implementation, deterministic, return_residual
+    )
+    out, lse = attend(q, k, v, mask, options)
+    return (out, cast(Array, lse)) if return_residual else out
+
+
+class Options(NamedTuple):
+    """What `attend` needs beside arrays and mask; the fields are `dot_product_attention`'s arguments."""
+
+    scale: float
+    logits_soft_cap: float | None = None
+    implementation: str | None = None
+    deterministic: bool = False
+    residual: bool = False
+
+
+def attend(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> tuple[Array, Array | None]:
+    """`dot_product_attention` past its checks: (out, log-sum-exp, which is None where not asked for and not to be had)."""
+    match _resolve(q, mask, options):
         case "xla":
-            out, lse = blocked_attention(q, k, v, mask, scale=scale, logits_soft_cap=logits_soft_cap)
+            return blocked_attention(q, k, v, mask, scale=options.scale, logits_soft_cap=options.logits_soft_cap)
         case "reference":
-            out, lse = reference_attention(q, k, v, mask, scale=scale, logits_soft_cap=logits_soft_cap)
-        case "cudnn":
-            if lacking := _cudnn_lacks(q, mask, logits_soft_cap, return_residual):
-                raise NotImplementedError(f"implementation='cudnn' cannot do {lacking}; use implementation='xla'.")
-            if (backend := jax.default_backend()) != "gpu":
-                raise ValueError(f"implementation='cudnn' needs an NVIDIA GPU, but the backend is {backend!r}; use 'xla'.")
-            return _cudnn(q, k, v, mask, scale)
+            return reference_attention(q, k, v, mask, scale=options.scale, logits_soft_cap=options.logits_soft_cap)
+        case "pallas":
+            return hopper_attention(
+                q,
+                k,
+                v,
+                mask,
+                scale=options.scale,
+                logits_soft_cap=options.logits_soft_cap,
+                deterministic=options.deterministic,
+            )
         case _:
-            raise AssertionError("unreachable")
-    return (out, lse) if return_residual else out
+            return _cudnn(q, k, v, mask, options.scale), None
+
+
+def attend_backward(
+    q: Array, k: Array, v: Array, mask: Mask, out: Array, lse: Array, d_out: Array, options: Options
+) -> tuple[Array, Array, Array]:
+    """The share of these keys in (dQ, dK, dV), where `out` and `lse` come from more keys than these.
+
+    For attention whose keys arrive piece by piece (`ring.py`). "reference" has no backward of its own and uses that of "xla".
+    """
+    sizes = {"scale": options.scale, "logits_soft_cap": options.logits_soft_cap}
+    if _resolve(q, mask, options) == "pallas":
+        return hopper_attention_backward(q, k, v, mask, out, lse, d_out, deterministic=options.deterministic, **sizes)
+    return blocked_attention_backward(q, k, v, mask, out, lse, d_out, **sizes)
 
 
 def check_heads(q: Array, k: Array, v: Array) -> None:
@@ -183,20 +224,56 @@ def check_mask(mask: Mask, batch: int, query_length: int, key_length: int) -> No
         )
 
 
-def _choose(q: Array, mask: Mask, soft_cap: float | None, residual: bool) -> str:
-    """The fastest implementation that this backend has for these options."""
-    backend = jax.default_backend()
-    chosen = "cudnn" if backend == "gpu" and not _cudnn_lacks(q, mask, soft_cap, residual) else "xla"
-    _say_once(chosen, backend)
+def check_platform(implementation: str | None, platform: str) -> None:
+    """Refuse an implementation that the devices of a platform cannot run.
+
+    Raises:
+      ValueError: "cudnn" without an NVIDIA GPU.
+    """
+    if implementation == "cudnn" and platform not in ("gpu", "cuda"):
+        raise ValueError(f"implementation='cudnn' needs an NVIDIA GPU, but the devices are {platform!r}; use 'xla'.")
+
+
+def _resolve(q: Array, mask: Mask, options: Options) -> str:
+    """The implementation that runs: the one named, where the devices have it, or the best they have.
+
+    Unnamed, "cudnn" where it can do what is asked, else "xla". "pallas" is not chosen by itself before it is measured.
+    """
+    platform, kind = _device()
+    named = options.implementation
+    if named in ("xla", "reference"):
+        return named
+    lacking = _cudnn_lacks(q, mask, options)
+    if named == "cudnn":
+        if lacking:
+            raise NotImplementedError(f"implementation='cudnn' cannot do {lacking}; use implementation='xla'.")
+        check_platform(named, platform)
+        return named
+    if named == "pallas" and any(name in kind for name in HOPPER):
+        if lacking := hopper_lacks(q, mask, options.scale):
+            raise NotImplementedError(f"implementation='pallas' cannot do {lacking}; use implementation='xla'.")
+        return named
+    chosen = "cudnn" if platform in ("gpu", "cuda") and lacking is None else "xla"
+    _say_once(chosen, kind, named)
     return chosen
 
 
+def _device() -> tuple[str, str]:
+    """(platform, kind) of the devices that the code being traced is for: the mesh's around it, else the default ones."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = None if mesh.empty else mesh.abstract_device
+    if device is not None:
+        return device.platform or "", device.device_kind
+    return jax.default_backend(), jax.devices()[0].device_kind
+
+
 @functools.cache
-def _say_once(chosen: str, backend: str) -> None:
-    _log.info("attention on %s uses implementation=%r", backend, chosen)
+def _say_once(chosen: str, kind: str, named: str | None) -> None:
+    lacks = "" if named is None else f", as it has no {named!r}"
+    _log.info("attention on %s uses implementation=%r%s", kind, chosen, lacks)
 
 
-def _cudnn_lacks(q: Array, mask: Mask, soft_cap: float | None, residual: bool) -> str | None:
+def _cudnn_lacks(q: Array, mask: Mask, options: Options) -> str | None:
     """What cuDNN's fused attention (through jax.nn) cannot do here, in words, or None."""
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"dtype {q.dtype} (only bfloat16 and float16)"
@@ -204,11 +281,15 @@ def _cudnn_lacks(q: Array, mask: Mask, soft_cap: float | None, residual: bool) -
         return f"head size {q.shape[-1]} (only multiples of 8 up to 256)"
     if mask.query_ids is not None:
         return "segment_ids"
-    if soft_cap is not None:
+    if mask.shift is not None:
+        return "pieces of a sequence"
+    if options.logits_soft_cap is not None:
         return "logits_soft_cap"
     if mask.window is not None and not (mask.is_causal or mask.window[1] == 0):
         return f"local_window_size {mask.window} (its right side must be 0, or is_causal set)"
-    if residual:
+    if options.deterministic:
+        return "a deterministic backward"
+    if options.residual:
         return "return_residual (its log-sum-exp is 16-bit and has no gradient)"
     return None
 

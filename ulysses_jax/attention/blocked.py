@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from ulysses_jax.attention.masks import Mask, tile_range
 
-__all__ = ["blocked_attention", "varying_like"]
+__all__ = ["blocked_attention", "blocked_attention_backward", "varying_like"]
 
 BLOCK = 512  # rows of a tile; large enough for the matrix units, small enough for a cache
 
@@ -45,6 +45,23 @@ def blocked_attention(
     """
     options = _Options(scale, logits_soft_cap, min(block_q, q.shape[1]), min(block_k, k.shape[1]))
     return _attention(options, q, k, v, mask)
+
+
+def blocked_attention_backward(
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Mask,
+    out: Array,
+    lse: Array,
+    d_out: Array,
+    *,
+    scale: float,
+    logits_soft_cap: float | None = None,
+) -> tuple[Array, Array, Array]:
+    """The share of these keys in (dQ, dK, dV), where `out` and `lse` may come from more keys than these."""
+    options = _Options(scale, logits_soft_cap, min(BLOCK, q.shape[1]), min(BLOCK, k.shape[1]))
+    return _backward(options, q, k, v, mask, out, lse, d_out, jnp.zeros_like(lse))
 
 
 def varying_like(x: Array, *like: Array) -> Array:

@@ -21,6 +21,8 @@ from jax import Array
 
 __all__ = ["Mask", "Window", "make_mask", "normalize_window"]
 
+FAR = 2**30  # beyond every sequence, and added to a position still an int32
+
 type Window = int | tuple[int, int] | None
 type Segments = Array | tuple[Array, Array] | None
 
@@ -43,6 +45,7 @@ class Mask:
     key_range: tuple[Array, Array] | None = None  # two of [B, T] int32
     query_range: tuple[Array, Array] | None = None  # two of [B, S] int32
     contiguous: Array | None = None  # [B] bool: every id is one run of tokens
+    shift: Array | None = None  # int32: query t stands where key t + shift does; for pieces of a sequence
 
     def visible(self, t: Array, s: Array) -> Array:
         """May query t see key s? Indices broadcast against each other; answers [B or 1, …], out-of-range keys are hidden.
@@ -50,11 +53,12 @@ class Mask:
         `t` is [bq, 1] and `s` is [1, bk] in the kernels; indices past the end are allowed.
         """
         ok = (s < self.key_length) & (t < self.query_length)
+        stands = t if self.shift is None else t + self.shift
         if self.is_causal:
-            ok &= s <= t
+            ok &= s <= stands
         if self.window is not None:
             left, right = self.window
-            ok &= (s >= t - left) & (s <= t + right)
+            ok &= (s >= stands - left) & (s <= stands + right)
         ok = ok[None]
         if self.query_ids is not None and self.key_ids is not None:
             query = self.query_ids.at[:, t].get(mode="fill", fill_value=0)
@@ -64,22 +68,22 @@ class Mask:
 
     def live_keys(self) -> tuple[Array, Array]:
         """For each query the half-open range that holds all keys it sees: two of [B or 1, T] int32."""
-        t = jnp.arange(self.query_length, dtype=jnp.int32)[None]
-        left, right = self._reach(self.key_length, self.query_length)
+        left, right = self._reach()
+        t = jnp.arange(self.query_length, dtype=jnp.int32)[None] + (0 if self.shift is None else self.shift)
         first, end = jnp.maximum(t - left, 0), jnp.minimum(t + right + 1, self.key_length)
         return _intersect((first, end), self.key_range)
 
     def live_queries(self) -> tuple[Array, Array]:
         """For each key the half-open range that holds all queries which see it: two of [B or 1, S] int32."""
-        s = jnp.arange(self.key_length, dtype=jnp.int32)[None]
-        left, right = self._reach(self.key_length, self.query_length)
+        left, right = self._reach()
+        s = jnp.arange(self.key_length, dtype=jnp.int32)[None] - (0 if self.shift is None else self.shift)
         first, end = jnp.maximum(s - right, 0), jnp.minimum(s + left + 1, self.query_length)
         return _intersect((first, end), self.query_range)
 
-    def _reach(self, keys: int, queries: int) -> tuple[int, int]:
-        """How far left and right of itself a query sees."""
-        left, right = self.window or (queries, keys)
-        return min(left, queries), min(right, 0 if self.is_causal else keys)
+    def _reach(self) -> tuple[int, int]:
+        """How far left and right of where it stands a query sees."""
+        left, right = self.window or (FAR, FAR)
+        return min(left, FAR), 0 if self.is_causal else min(right, FAR)
 
 
 def make_mask(
@@ -89,6 +93,7 @@ def make_mask(
     is_causal: bool = False,
     local_window_size: Window = None,
     segment_ids: Segments = None,
+    shift: Array | None = None,
 ) -> Mask:
     """Prepare a mask once, for every layer that uses it.
 
@@ -98,6 +103,8 @@ def make_mask(
       is_causal: query t sees keys s ≤ t, both counted from 0 (as in `jax.nn.dot_product_attention`).
       local_window_size: `(left, right)`, or one number for both: t sees t − left ≤ s ≤ t + right.
       segment_ids: integers [B, T], or a pair ([B, T], [B, S]); a query sees the keys that carry its id.
+      shift: an int32 scalar, 0 by default: where queries and keys are pieces of one sequence, the position of the first query
+        less that of the first key; causality and window then go by position.
 
     Raises:
       ValueError: a length below 1, a window that is negative, or ids whose shapes do not match T and S.
@@ -111,7 +118,7 @@ def make_mask(
     query_length, key_length, is_causal = int(query_length), int(key_length), bool(is_causal)
     window = normalize_window(local_window_size)
     if segment_ids is None:
-        return Mask(query_length=query_length, key_length=key_length, is_causal=is_causal, window=window)
+        return Mask(query_length=query_length, key_length=key_length, is_causal=is_causal, window=window, shift=shift)
     query_ids, key_ids = pair_of_ids(segment_ids)
     for ids, length, letter in ((query_ids, query_length, "T"), (key_ids, key_length, "S")):
         if ids.ndim != 2 or ids.shape[1] != length or not jnp.issubdtype(ids.dtype, jnp.integer):
@@ -137,6 +144,7 @@ def make_mask(
         key_range=_range_of(query_ids, key_ids),
         query_range=_range_of(key_ids, query_ids),
         contiguous=_is_contiguous(query_ids) & _is_contiguous(key_ids),
+        shift=shift,
     )
 
 
