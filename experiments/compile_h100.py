@@ -7,18 +7,26 @@ Needs the CUDA wheels but no GPU and no driver. What it writes is what the compi
 
 import dataclasses
 import os
+import re
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # no driver here
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import tyro
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from experiments import record
 from ulysses_jax import recipes
+from ulysses_jax.attention import make_mask
+from ulysses_jax.attention.hopper import HEAD_DIMS, hopper_attention
 from ulysses_jax.config import MeshConfig
 from ulysses_jax.mesh import DATA, SEQ
 from ulysses_jax.plan import ledger
@@ -74,6 +82,68 @@ def compile_step(recipe: str, *, data: int, seq: int, implementation: str, batch
     return rows
 
 
+KERNELS = {
+    "causal": {"is_causal": True},
+    "full": {},
+    "window": {"is_causal": True, "local_window_size": (4096, 0)},
+    "documents": {"is_causal": True, "documents": True},
+    "grouped heads": {"is_causal": True, "kv_heads": 2},
+    "soft cap": {"is_causal": True, "soft_cap": 30.0},
+    "deterministic": {"is_causal": True, "deterministic": True},
+}
+
+
+def compile_kernel(name: str, head_dim: int) -> None:
+    """Compile forward and backward of one configuration; ptxas' report goes to standard output."""
+    options: dict[str, Any] = dict(KERNELS[name])
+    documents, kv_heads = options.pop("documents", False), options.pop("kv_heads", 8)
+    soft_cap, deterministic = options.pop("soft_cap", None), options.pop("deterministic", False)
+    mesh, T, N = h100_mesh(), 8192, 8
+    at = NamedSharding(mesh, PartitionSpec())
+
+    def both(q, k, v, d_out, ids):
+        mask = make_mask(T, segment_ids=ids if documents else None, **options)
+
+        def attend(q, k, v):
+            return hopper_attention(q, k, v, mask, scale=head_dim**-0.5, logits_soft_cap=soft_cap, deterministic=deterministic)[
+                0
+            ]
+
+        out, back = jax.vjp(attend, q, k, v)
+        return out, back(d_out)
+
+    q, k = (jax.ShapeDtypeStruct((1, T, n, head_dim), jnp.bfloat16, sharding=at) for n in (N, kv_heads))
+    ids = jax.ShapeDtypeStruct((1, T), jnp.int32, sharding=at)
+    jax.jit(both).lower(q, k, k, q, ids).compile()
+
+
+def kernel_reports() -> list[dict]:
+    """Spilled bytes, registers at launch and serialised products of every kernel configuration, from ptxas."""
+    rows = []
+    for head_dim in HEAD_DIMS:
+        for name in KERNELS:
+            child = subprocess.run(
+                [sys.executable, "-m", "experiments.compile_h100", "--kernel", name, "--head-dim", str(head_dim)],
+                env={**os.environ, "MOSAIC_GPU_DUMP_PTXAS": "1"},
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            report = child.stdout + child.stderr
+            for part in report.split("Compiling entry function '")[1:]:
+                kernel = part.split("_mosaic")[0].removeprefix("ulysses_attention_")
+                spilled, used = re.search(r"(\d+) bytes spill stores", part), re.search(r"Used (\d+) registers", part)
+                if not kernel.startswith(("forward", "backward")) or spilled is None or used is None:
+                    continue
+                case = f"H={head_dim} {name}: {kernel}"
+                rows.append(record.row(case, "spill stores", "bytes a thread", int(spilled[1])))
+                rows.append(record.row(case, "registers at launch", "a thread", int(used[1])))
+            serialised = len(re.findall(r"C75\d\d", report))
+            rows.append(record.row(f"H={head_dim} {name}", "warnings of serialised wgmma (C75xx)", "1", serialised))
+            print(*[f"{r['case']}: {r['metric']} {r['ours']}" for r in rows if f"H={head_dim} {name}" in r["case"]], sep="\n")
+    return rows
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compile:
     """What to compile."""
@@ -81,10 +151,20 @@ class Compile:
     out: Path = Path("experiments/results")
     steps: bool = True
     """training steps: GPT 1.2B and Llama 3 8B on 8 H100s"""
+    kernels: bool = True
+    """the attention kernels"""
+    kernel: str | None = None
+    """only this configuration of the kernels, its report on standard output"""
+    head_dim: int = 128
 
 
 def main(options: Compile) -> None:
     """Compile and record."""
+    if options.kernel:
+        compile_kernel(options.kernel, options.head_dim)
+        return
+    if options.kernels:
+        record.save("compiled_kernels_h100", kernel_reports(), options.out, device="none; compiled for NVIDIA H100 80GB HBM3")
     if options.steps:
         rows = []
         for recipe, data, seq in (("gpt-1.2b-32k", 2, 4), ("gpt-1.2b-32k", 1, 8), ("llama3-8b-128k", 1, 8)):

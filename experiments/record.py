@@ -27,6 +27,7 @@ def row(case: str, metric: str, unit: str, ours: float, **peers: float) -> dict:
 def save(name: str, rows: list[dict], folder: Path, **more) -> Path:
     """Write `folder/name.json`. The commit is git's, or ULYSSES_COMMIT where the code was copied without its history."""
     devices = jax.devices()
+    arguments = " ".join(sys.orig_argv[1:])
     content = {
         "name": name,
         "commit": os.environ.get("ULYSSES_COMMIT")
@@ -34,7 +35,7 @@ def save(name: str, rows: list[dict], folder: Path, **more) -> Path:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": f"{len(devices)} × {devices[0].device_kind}",
         "versions": {"python": sys.version.split()[0], **_versions()},
-        "command": " ".join(["python", *sys.argv]),
+        "command": f"python {arguments}",
         **more,
         "rows": rows,
     }
