@@ -5,6 +5,7 @@ Interpreted, three things stand in for what the interpreter lacks: products whos
 the accumulators around them are values, and dQ is written by each tile of keys apart and summed, in place of TMA's addition.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -12,10 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec
 
 from tests.oracles import Case, attention, attention_gradients, dense_mask, errors_beyond
 from ulysses_jax.attention.hopper import HEAD_DIMS, hopper_attention
 from ulysses_jax.attention.masks import make_mask, tile_ranges
+from ulysses_jax.ulysses import ulysses_attention_shard
 
 # bfloat16 results against float64 of the same inputs: each gradient within 5e-3, the output within 3e-3.
 OUTPUT, GRADIENT = 3e-3, 5e-3
@@ -149,3 +152,28 @@ def test_ids_that_come_back_give_nan_and_not_a_wrong_answer():
     q = jnp.ones((1, 128, 1, 64), jnp.bfloat16)
     out, _ = hopper_attention(q, q, q, mask, scale=1.0, interpret=plgpu.InterpretGPUParams())
     assert np.isnan(np.asarray(out, np.float32)).all()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_chosen_by_name_it_lowers_inside_a_shard_map_for_hopper_and_only_there(packed):
+    """Typing dQ's buffer as varying, or reading loop bounds without computing on them, fails to trace."""
+
+    def lowered(kind: str, packed: bool) -> str:
+        device = AbstractDevice(device_kind=kind, num_cores=None, platform="gpu")
+        mesh = AbstractMesh((2, 4), ("data", "seq"), axis_types=(AxisType.Auto,) * 2, abstract_device=device)
+
+        def loss(q, k, v, ids):
+            attend = functools.partial(ulysses_attention_shard, is_causal=True, implementation="pallas")
+            return attend(q, k, v, segment_ids=ids if packed else None).astype(jnp.float32).sum()[None]
+
+        tokens, whole = PartitionSpec("data", "seq"), PartitionSpec("data")
+        on_mesh = jax.shard_map(
+            jax.grad(lambda *x: loss(*x)[0], (0, 1, 2)), mesh=mesh, in_specs=(tokens, tokens, tokens, whole), out_specs=tokens
+        )
+        shapes = [jax.ShapeDtypeStruct((2, 512, heads, 64), jnp.bfloat16) for heads in (8, 4, 4)]
+        with jax.sharding.use_abstract_mesh(mesh):
+            traced = jax.jit(on_mesh).trace(*shapes, jax.ShapeDtypeStruct((2, 512), jnp.int32))
+            return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+    assert lowered("NVIDIA H100 80GB HBM3", packed).count("custom_call @mosaic_gpu") == 2
+    assert "mosaic_gpu" not in lowered("NVIDIA GeForce RTX 4090", packed=True)  # documents: neither ours nor cuDNN's

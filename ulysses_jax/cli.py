@@ -30,7 +30,8 @@ __all__ = ["main"]
 
 USAGE = """usage: ulysses train RECIPE [--out DIR] [--dry-run] [--field value …]
        ulysses train RECIPE --help     every field, with its value in this recipe
-       ulysses train --list            the recipes"""
+       ulysses train --list            the recipes
+       ulysses verify RECIPE [--field value …]     is the parallel step what one device computes?"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-      the exit status: 0 done, or stopped by SIGTERM and saved; 2 refused; 130 stopped by Ctrl-C and saved.
+      the exit status: 0 done, or stopped by SIGTERM and saved; 1 a fault found; 2 refused; 130 stopped by Ctrl-C and saved.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     console = Console()
@@ -67,8 +68,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 list_recipes(console)
             case ["train", name, *rest]:
                 return train(name, rest, console)
+            case ["verify", name, *rest] if not name.startswith("-"):
+                return verify(name, rest, console)
+            case ["verify", *_]:
+                raise ValueError(f"verify needs a recipe first; the recipes are {', '.join(recipes.RECIPES)}.")
             case [command, *_]:
-                raise ValueError(f"there is no command {command!r}; the commands are: train. See ulysses --help.")
+                raise ValueError(f"there is no command {command!r}; the commands are: train, verify. See ulysses --help.")
     except (ValueError, NotImplementedError, OSError) as error:
         if not _is_refusal(error):
             raise
@@ -124,14 +129,14 @@ def announce(name: str, command: TrainCommand, console: Console) -> None:
     )
 
 
-def _parse(name: str, arguments: Sequence[str]) -> TrainCommand:
+def _parse(name: str, arguments: Sequence[str], verb: str = "train") -> TrainCommand:
     """The recipe's config with the fields that the arguments name.
 
     Raises:
       ValueError: no such recipe, no such field, or a value that is not of its field's type.
     """
     default = TrainCommand(config=recipes.recipe(name), out=Path("runs") / name)
-    prog, box = f"ulysses train {name}", io.StringIO()
+    prog, box = f"ulysses {verb} {name}", io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
             command, unknown = tyro.cli(
@@ -177,6 +182,30 @@ def _inside(box: str) -> str:
     ):
         text = re.sub(pattern, plainly, text.removesuffix("."))
     return text + "."
+
+
+def verify(name: str, arguments: Sequence[str], console: Console) -> int:
+    """`ulysses verify`: a shrunk run on the whole mesh against one device of it."""
+    config = _parse(name, arguments, verb="verify").config
+    runtime.initialize(config.mesh.size)
+    from ulysses_jax.mesh import make_mesh
+    from ulysses_jax.verify import expected_exchange
+    from ulysses_jax.verify import verify as compare
+
+    verdict = compare(config, make_mesh(**dataclasses.asdict(config.mesh)))
+    worst = max(verdict.errors, key=lambda name: verdict.errors[name])
+    sent = sum(x.times * x.bytes for x in verdict.crossings if x.kind == "all-to-all")
+    rows = {
+        "mesh": f"{_axes(config.mesh)} = {config.mesh.size} devices, ZeRO-{config.zero_stage}",
+        "loss, one device": f"{verdict.loss[0]:.7f}",
+        "loss, the mesh": f"{verdict.loss[1]:.7f}",
+        "gradients compared": f"{len(verdict.errors)}",
+        "worst relative error": f"{verdict.errors[worst]:.1e} ({worst})",
+        "all-to-alls": f"{_bytes(sent)} a device and step, closed form {_bytes(expected_exchange(verdict.config))}",
+        "verdict": "equal" if not verdict.faults else "NOT equal: " + "; ".join(verdict.faults),
+    }
+    show(console, f"{name}, shrunk to T = {verdict.config.data.seq_len} and 2 layers", rows)
+    return 1 if verdict.faults else 0
 
 
 def dry_run(config: TrainConfig, console: Console) -> None:

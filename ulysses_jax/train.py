@@ -55,6 +55,8 @@ class Program:
     """the first state, born divided"""
     step: jax.stages.Wrapped
     """(state, batch) → (state, {"loss", "grad_norm", "learning_rate", "tokens"}); the state given is consumed"""
+    gradients: Callable[[Tree, dict[str, Array]], tuple[Array, Tree, Array]]
+    """(params, batch) → (loss, gradients, number of labels), what `step` computes before its update"""
     evaluate: Callable[[Tree, dict[str, Array]], tuple[Array, Array]]
     """(params, batch) → (summed loss in nats, number of labels)"""
 
@@ -114,6 +116,7 @@ def build(config: TrainConfig, mesh: Mesh) -> Program:
         abstract=jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, state_at),
         init=jax.jit(init, out_shardings=state_at),
         step=jax.jit(step, donate_argnums=0, out_shardings=(state_at, whole)),
+        gradients=jax.jit(loss_and_grads),
         evaluate=jax.jit(_on_mesh(_summed_loss, config, mesh, graph, parts, (PartitionSpec(), PartitionSpec()))),
     )
 

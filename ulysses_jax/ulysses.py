@@ -138,8 +138,8 @@ def ulysses_attention_shard(
     options |= {"logits_soft_cap": logits_soft_cap, "implementation": implementation}
     if ring_axis is None:
         if segment_ids is not None:
-            pair = zip(pair_of_ids(segment_ids), (q, k), strict=True)
-            segment_ids = tuple(_whole_ids(ids, x.shape[1], degree, axis_name) for ids, x in pair)  # pyright: ignore[reportAssignmentType]
+            pair = zip(pair_of_ids(segment_ids), (q, k), (T, S), strict=True)
+            segment_ids = tuple(_whole_ids(ids, x.shape[1], size, axis_name) for ids, x, size in pair)  # pyright: ignore[reportAssignmentType]
         out = dot_product_attention(
             q_all, k_all, v_all, segment_ids=segment_ids, mask=mask, deterministic=deterministic, **options
         )
@@ -474,8 +474,8 @@ def _pair(length: int | tuple[int, int]) -> tuple[int, int]:
     return length if isinstance(length, tuple) else (length, length)
 
 
-def _whole_ids(ids: Array, local_length: int, degree: int, axis_name: str) -> Array:
-    """Segment ids of the whole sequence from those of this device's part."""
-    if ids.ndim == 2 and ids.shape[1] == local_length and degree > 1:
-        return lax.all_gather(ids, axis_name, axis=1, tiled=True)
+def _whole_ids(ids: Array, local_length: int, length: int, axis_name: str) -> Array:
+    """Segment ids of the whole sequence from those of this device's part; a sequence of one token is whole already."""
+    if ids.ndim == 2 and ids.shape[1] == local_length != length:
+        return lax.all_gather(ids, axis_name, axis=1, tiled=True)[:, :length]
     return ids

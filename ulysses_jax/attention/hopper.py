@@ -193,7 +193,8 @@ class _Tile:
 
     def __init__(self, ranges, batch, tile):
         at = ranges.at[batch if ranges.shape[0] > 1 else 0, tile]
-        self.first, self.end, self.full_first, self.full_end = (at[i] for i in range(4))
+        # Under shard_map a value read is typed as varying while arithmetic on it is not, and a loop wants one type: compute.
+        self.first, self.end, self.full_first, self.full_end = (jnp.maximum(at[i], 0) for i in range(4))
 
     def is_full(self, j) -> Array:
         return (j >= self.full_first) & (j < self.full_end)
@@ -611,7 +612,7 @@ def _keys_kernel(
     if want_dq and interpret:
         outs = {"dq": jax.ShapeDtypeStruct((tiles, 1 if share else 2, B, padded, N, H), jnp.float32), **outs}
     elif want_dq:
-        dq = jax.new_ref(varying_like(jnp.zeros((B, padded, N, H), jnp.float32), q, k, v, d_out))
+        dq = jax.new_ref(jnp.zeros((B, padded, N, H), jnp.float32))  # Pallas takes no ref typed as varying
         inputs = (*inputs, dq)
     results = _launch(
         kernel,

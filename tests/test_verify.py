@@ -1,0 +1,75 @@
+"""`verify` says equal where the mesh computes what one device does, and names what is wrong where it does not."""
+
+import dataclasses
+
+import jax
+import pytest
+from jax import lax
+
+from ulysses_jax import cli, recipes, train, ulysses
+from ulysses_jax.attention import dot_product_attention
+from ulysses_jax.config import MeshConfig, TrainConfig
+from ulysses_jax.mesh import make_mesh
+from ulysses_jax.verify import Verdict, shrink, verify
+
+pytestmark = pytest.mark.slow
+
+
+def config(mesh: MeshConfig, **fields) -> TrainConfig:
+    demo = recipes.recipe("demo")
+    data = dataclasses.replace(demo.data, batch_size=mesh.data)
+    return dataclasses.replace(demo, mesh=mesh, data=data, **fields)
+
+
+def verdict_of(run: TrainConfig) -> Verdict:
+    return verify(run, make_mesh(**dataclasses.asdict(run.mesh)))
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(data=2, seq=4), MeshConfig(ring=2, seq=4)], ids=["ulysses", "ring"])
+def test_an_honest_run_is_equal(mesh):
+    verdict = verdict_of(config(mesh))
+    assert verdict.faults == []
+    assert len(verdict.errors) == 12
+    assert max(verdict.errors.values()) < 1e-5
+
+
+def test_sequence_parallelism_that_is_silently_off_is_caught(monkeypatch):
+    """Trap 2: each device attends to its own tokens alone."""
+
+    def local(self, q, k, v, *, mask, **options):
+        return dot_product_attention(q, k, v, is_causal=True, implementation="xla", **options)
+
+    monkeypatch.setattr(ulysses.ShardAttention, "__call__", local)
+    faults = " | ".join(verdict_of(config(MeshConfig(seq=4))).faults)
+    assert "the gradient of layers.attention.query is off" in faults
+    assert "all-to-alls carry 0 bytes" in faults
+
+
+def test_a_gather_of_activations_is_caught_and_named(monkeypatch):
+    honest = train.token_losses
+
+    def gathers(model, features, labels, weights, *, tile):
+        whole = jax.named_call(lambda x: lax.all_gather(x, "seq", axis=1, tiled=True), name="planted")(features)
+        mine = lax.dynamic_slice_in_dim(whole, lax.axis_index("seq") * features.shape[1], features.shape[1], 1)
+        return honest(model, mine, labels, weights, tile=tile)
+
+    monkeypatch.setattr(train, "token_losses", gathers)
+    (fault,) = {fault.split(" at ")[0] for fault in verdict_of(config(MeshConfig(seq=4))).faults}
+    assert fault.startswith("an unplanned all-gather over ('seq',) of ('f32', (1, 24, 64))")
+
+
+def test_heads_mesh_stage_and_options_are_kept():
+    run = dataclasses.replace(recipes.recipe("llama3-8b-128k"), zero_stage=2)
+    small = shrink(run)
+    assert (small.mesh, small.zero_stage, small.model.num_heads, small.model.num_kv_heads) == (run.mesh, 2, 32, 8)
+    assert small.model.rope_scaling == run.model.rope_scaling
+    assert small.data.seq_len < 200
+    assert small.model.num_layers == 2
+
+
+def test_the_command_shows_the_verdict_and_answers_with_it(capsys):
+    arguments = ["verify", "demo", "--mesh.data", "1", "--mesh.seq", "2", "--data.batch-size", "1"]
+    assert cli.main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "verdict" in shown
+    assert "equal" in shown
