@@ -21,12 +21,14 @@ Overlap of the two products and the softmax follows FlashAttention-3 (arXiv 2407
 # pyright: reportReturnType=false
 
 import functools
+import heapq
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
@@ -42,6 +44,8 @@ ROWS = WGMMA.reduce(1)  # one value a row of a product
 COLUMNS = WGMMA.reduce(0)  # one value a column
 LOG2E = math.log2(math.e)
 LOWEST = -1e30  # the running maximum's start: finite, so that a row that saw nothing yet subtracts no infinities
+MULTIPROCESSORS = 132  # of an H100 or H200; with fewer the blocks beyond come later, with more some are idle
+SHARED_L2 = 32 << 20  # bytes that the heads walked at one time may read over and over; an H100 has 50 MB of L2
 WARPGROUP_ROWS = 64  # rows of a product that one warpgroup holds
 
 i32 = jnp.int32
@@ -62,12 +66,13 @@ class Tilings(NamedTuple):
     queries: Tiling
     keys: Tiling
     fused: bool  # dQ together with dK and dV
+    persistent: bool  # blocks of the forward work off many tiles each, which takes a second buffer of queries
 
 
 HEAD_DIMS = {
-    64: Tilings(Tiling(128, 2), Tiling(64, 2), Tiling(64, 2), fused=True),
-    128: Tilings(Tiling(128, 2), Tiling(64, 2), Tiling(64, 2), fused=True),
-    256: Tilings(Tiling(64, 2), Tiling(64, 1), Tiling(64, 1), fused=False),
+    64: Tilings(Tiling(128, 2), Tiling(64, 2), Tiling(64, 2), fused=True, persistent=True),
+    128: Tilings(Tiling(128, 2), Tiling(64, 2), Tiling(64, 2), fused=True, persistent=True),
+    256: Tilings(Tiling(64, 2), Tiling(64, 1), Tiling(64, 1), fused=False, persistent=False),
 }
 
 
@@ -115,7 +120,9 @@ def hopper_attention(
       deterministic: add up dQ in a fixed order, so that the backward is bit-equal every time.
       interpret: run on the CPU by Mosaic's interpreter (`plgpu.InterpretGPUParams`); for tests.
     """
-    return _attention(_Options(scale, logits_soft_cap, deterministic, interpret), q, k, v, mask)
+    options = _Options(scale, logits_soft_cap, deterministic, interpret)
+    out, lse = _attention(options, *(_pad(x, 1, 8) for x in (q, k, v)), mask)  # TMA wants lengths in eights
+    return out[:, : q.shape[1]], lse[:, :, : q.shape[1]]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -124,7 +131,8 @@ def _attention(options: _Options, q: Array, k: Array, v: Array, mask: Mask) -> t
 
 
 def _attention_fwd(options: _Options, q: Array, k: Array, v: Array, mask: Mask):
-    out, lse = _forward(options, q, k, v, mask)
+    # Without the barrier XLA fuses the kernel into the write that saves its output, and runs it again for who uses that output.
+    out, lse = lax.optimization_barrier(_forward(options, q, k, v, mask))
     out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
     return (out, lse), (q, k, v, mask, out, lse)
 
@@ -144,8 +152,11 @@ def hopper_attention_backward(
     interpret: Any = False,
 ) -> tuple[Array, Array, Array]:
     """The share of these keys in (dQ, dK, dV), where `out` and `lse` may come from more keys than these."""
-    options = _Options(scale, logits_soft_cap, deterministic, interpret)
-    return _backward(options, q, k, v, mask, out, lse, d_out, jnp.zeros_like(lse))
+    options, T, S = _Options(scale, logits_soft_cap, deterministic, interpret), q.shape[1], k.shape[1]
+    q, k, v, out, d_out = (_pad(x, 1, 8) for x in (q, k, v, out, d_out))
+    lse = _pad(lse, 2, 8, -jnp.inf)
+    dq, dk, dv = _backward(options, q, k, v, mask, out, lse, d_out, jnp.zeros_like(lse))
+    return dq[:, :T], dk[:, :S], dv[:, :S]
 
 
 def _attention_bwd(options: _Options, saved, cotangents):
@@ -176,28 +187,89 @@ def _backward(options: _Options, q, k, v, mask: Mask, out, lse, d_out, d_lse) ->
 
 
 class _Walk(NamedTuple):
-    """What the kernels read of a mask: per tile the ranges of tiles to walk, per row the range it sees."""
+    """What the kernels read of a mask: for each tile the tiles to walk, and for each row the range it sees.
 
-    ranges: Array  # [B or 1, tiles, 4] int32: first and end to visit, first and end of those that hide nothing
+    A block of threads works off one row of `items`: [blocks, items of a block, 8] int32, each the batch index, the head, the
+    tile, the first and end of the tiles to visit, the first and end of those that hide nothing, and the number of items.
+    """
+
+    items: Array
     first: Array  # [B or 1, padded rows] int32
     end: Array
 
     @classmethod
-    def of(cls, rows: tuple[Array, Array], tile: int, step: int) -> "_Walk":
+    def of(cls, rows: tuple[Array, Array], tile: int, step: int, order: np.ndarray, heads: int) -> "_Walk":
+        """`order` [blocks, items of a block]: (batch index · heads + head) · tiles + tile, and −1 where a block has no more."""
         first, end = (_pad(x.astype(i32), 1, tile) for x in rows)
-        return cls(tile_ranges(*rows, tile, step), first, end)
+        ranges = tile_ranges(*rows, tile, step)
+        count, order = (order >= 0).sum(1, keepdims=True), np.maximum(order, 0)
+        head, index = np.divmod(order, ranges.shape[1])
+        batch, head = np.divmod(head, heads)
+        known = np.stack([batch, head, index], axis=2).astype(np.int32)
+        count = np.broadcast_to(count, order.shape)[..., None].astype(np.int32)
+        found = ranges[known[..., 0] if ranges.shape[0] > 1 else 0, known[..., 2]]
+        return cls(jnp.concatenate([known, found, count], axis=2), first, end)
 
 
 class _Tile:
-    """The scalars of one block: which tiles it walks, and whether one of them hides nothing."""
+    """The scalars of one item: where it lies, which tiles it walks, and whether one of them hides nothing."""
 
-    def __init__(self, ranges, batch, tile):
-        at = ranges.at[batch if ranges.shape[0] > 1 else 0, tile]
+    def __init__(self, items, n):
+        at = items.at[lax.axis_index("block"), n]
         # Under shard_map a value read is typed as varying while arithmetic on it is not, and a loop wants one type: compute.
-        self.first, self.end, self.full_first, self.full_end = (jnp.maximum(at[i], 0) for i in range(4))
+        self.batch, self.head, self.index, self.first, self.end, self.full_first, self.full_end = (
+            jnp.maximum(at[i], 0) for i in range(7)
+        )
 
     def is_full(self, j) -> Array:
         return (j >= self.full_first) & (j < self.full_end)
+
+
+def _each_item(items, body: Callable, carry):
+    """`body(n, tile, carry)` for the items of this block; with one a block, without a loop."""
+    if items.shape[1] == 1:
+        return body(i32(0), _Tile(items, 0), carry)
+    return lax.fori_loop(i32(0), _count(items), lambda n, carry: body(n, _Tile(items, n), carry), carry)
+
+
+@functools.cache
+def _order(heads: int, tiles: int, bytes_a_head: int, *, heaviest_last: bool = False) -> np.ndarray:
+    """head · tiles + tile, in the order in which the multiprocessors take them: [heads · tiles, 1].
+
+    The tiles of some heads side by side, heaviest first. With one head at a time the heavy tiles of the last come late and the
+    GPU runs half empty at the end; with too many at a time, what they read does not stay in the L2 cache.
+    """
+    fitting = min(heads, max(1, SHARED_L2 // bytes_a_head))
+    members = max(n for n in range(1, fitting + 1) if heads % n == 0)
+    order = np.arange(heads * tiles).reshape(-1, members, tiles)
+    return (order[:, :, ::-1] if heaviest_last else order).swapaxes(1, 2).reshape(-1, 1)
+
+
+@functools.cache
+def _deal(heads: int, tiles: int, bytes_a_head: int, weights: tuple[int, ...], blocks: int) -> np.ndarray:
+    """`_order`, dealt to as many blocks as run at one time: [blocks, most items of a block], −1 where one has no more.
+
+    Each item goes to the block that is done first, where a tile takes as long as it has steps (`weights`), and a little more.
+    """
+    order = _order(heads, tiles, bytes_a_head, heaviest_last=True)[:, 0]
+    dealt, free = [[] for _ in range(blocks)], [(0, block) for block in range(blocks)]
+    for item in order.tolist():
+        done, block = free[0]
+        heapq.heapreplace(free, (done + weights[item % tiles] + 1, block))
+        dealt[block].append(item)
+    most = max(map(len, dealt))
+    return np.array([items + [-1] * (most - len(items)) for items in dealt if items], np.int32)
+
+
+def _steps_known(mask: Mask, tile: int, step: int) -> tuple[int, ...] | None:
+    """For each tile of queries the tiles of keys it walks, where that is known before the arrays are: without documents."""
+    if mask.query_ids is not None or mask.shift is not None:
+        return None
+    left, right = mask.window or (mask.key_length + mask.query_length,) * 2
+    start = np.arange(0, mask.query_length, tile)
+    last = np.minimum(start + tile, mask.query_length) - 1 + (0 if mask.is_causal else right)
+    steps = np.minimum(last, mask.key_length - 1) // step - np.maximum(start - left, 0) // step + 1
+    return tuple(np.maximum(steps, 1).tolist())
 
 
 def _hide(x: Array, first_ref, end_ref, batch, base, column) -> Array:
@@ -212,32 +284,43 @@ def _hide(x: Array, first_ref, end_ref, batch, base, column) -> Array:
 def _forward(options: _Options, q: Array, k: Array, v: Array, mask: Mask) -> tuple[Array, Array]:
     B, T, N, H = q.shape
     group = N // k.shape[2]
-    block, stages, registers = HEAD_DIMS[H].forward
+    tilings = HEAD_DIMS[H]
+    block, stages, registers = tilings.forward
     rows = 2 * WARPGROUP_ROWS
-    walk = _Walk.of(mask.live_keys(), rows, block)
     tiles = pl.cdiv(T, rows)
-    # Where only the first tile walked can be partial, the loop needs no mask at all.
-    partial_loop = mask.window is not None or mask.query_ids is not None or (mask.is_causal and block < rows)
+    weights = _steps_known(mask, rows, block) if tilings.persistent else None
+    dealing = B * N, tiles, 2 * k.nbytes // (B * N)
+    order = _order(*dealing, heaviest_last=True) if weights is None else _deal(*dealing, weights, MULTIPROCESSORS)
+    walk = _Walk.of(mask.live_keys(), rows, block, order, N)
+    q_slots = min(2, order.shape[1])  # the next item's queries come while this one's are in use
+    # Where only the first tiles walked can be partial, the loop needs no mask at all.
+    partial_loop = mask.window is not None or mask.query_ids is not None
+    masked_steps = pl.cdiv(rows, block) + (rows % block > 0) if mask.is_causal else 1
     broken = (
         jnp.zeros(1, jnp.float32) if mask.contiguous is None else jnp.where(mask.contiguous, 0.0, jnp.nan).astype(jnp.float32)
     )
 
-    def kernel(q_ref, k_ref, v_ref, ranges, first, end, broken_ref, out_ref, lse_ref, scratch):
-        q_smem, k_smem, v_smem, lse_smem, q_here, k_here, v_here, k_free, v_free = scratch
+    def kernel(q_ref, k_ref, v_ref, items, first, end, broken_ref, out_ref, lse_ref, scratch):
+        q_smem, k_smem, v_smem, q_here, q_free, k_here, v_here, k_free, v_free = scratch
         warpgroup = lax.axis_index("warpgroup")
-        batch, head = _divide(lax.axis_index("head"), N)
-        tile_index = tiles - 1 - lax.axis_index("tile")  # heaviest first, if causal
-        tile = _Tile(ranges, batch, tile_index)
-        steps = jnp.maximum(tile.end - tile.first, 1)  # a tile that sees nothing walks one, all of it hidden
-        last = tile.first + steps - 1
 
-        @pl.when(warpgroup < 2)
-        def compute():
-            plgpu.set_max_registers(registers[0], action="increase")
-            base = tile_index * rows + warpgroup * WARPGROUP_ROWS
-            mine = q_smem.at[warpgroup]
-            plgpu.copy_gmem_to_smem(q_ref.at[batch, pl.ds(base, WARPGROUP_ROWS), head], mine, q_here.at[warpgroup])
-            plgpu.barrier_wait(q_here.at[warpgroup])
+        def walked(tile: _Tile):
+            """(steps, last tile): from right to left; steps past the end, of tiles that see little, are hidden."""
+            steps = jnp.maximum(tile.end - tile.first, masked_steps)
+            return steps, tile.first + steps - 1
+
+        def store_and_free(n):
+            """The output that left through the buffer of item n's queries is out of it: they may be overwritten."""
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            plgpu.barrier_arrive(q_free.at[lax.rem(n, i32(q_slots))])
+
+        def attend(n, tile: _Tile, done):
+            batch, head = tile.batch, tile.head
+            steps, last = walked(tile)
+            base = tile.index * rows + warpgroup * WARPGROUP_ROWS
+            q_slot = lax.rem(n, i32(q_slots))
+            mine = q_smem.at[q_slot, warpgroup]
+            plgpu.barrier_wait(q_here.at[q_slot])
 
             def softmax(x, top, total, j, hide: bool | None):
                 """Probabilities of one tile in 16 bits, the new running maximum and sum, and the old ones' factor."""
@@ -254,15 +337,14 @@ def _forward(options: _Options, q: Array, k: Array, v: Array, mask: Mask) -> tup
                 return p.astype(q.dtype), new_top, total * fade + p.sum(axis=1), fade
 
             def first_logits(acc):
-                plgpu.wgmma(acc, mine, k_smem.at[0].transpose((1, 0)))
+                plgpu.wgmma(acc, mine, k_smem.at[lax.rem(done, i32(stages))].transpose((1, 0)))
                 return acc[...]
 
-            def step(i, carry):
+            def step(i, carry, hide=None if partial_loop else False):
                 """Q Kᵀ of tile i, beside P V of the tile before, under whose product the softmax of tile i runs."""
                 acc, p, top, total = carry
-                slot, before = lax.rem(i, i32(stages)), lax.rem(i - 1, i32(stages))
+                slot, before = lax.rem(done + i, i32(stages)), lax.rem(done + i - 1, i32(stages))
                 plgpu.barrier_wait(k_here.at[slot])
-                hide = None if partial_loop else False
 
                 def both(refs):
                     acc_ref, p_ref, top_ref, total_ref, fade_ref = refs
@@ -297,12 +379,18 @@ def _forward(options: _Options, q: Array, k: Array, v: Array, mask: Mask) -> tup
             top = plgpu.layout_cast(jnp.full((WARPGROUP_ROWS,), LOWEST, jnp.float32), ROWS)
             total = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS,), jnp.float32), ROWS)
             acc = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, H), jnp.float32), WGMMA)
-            plgpu.barrier_wait(k_here.at[0])
+            slot = lax.rem(done, i32(stages))
+            plgpu.barrier_wait(k_here.at[slot])
             x = pl.run_scoped(first_logits, plgpu.ACC((WARPGROUP_ROWS, block), jnp.float32))
-            plgpu.barrier_arrive(k_free.at[0])
+            plgpu.barrier_arrive(k_free.at[slot])
+            if q_slots > 1:
+                pl.when(n > 0)(lambda: store_and_free(n - 1))
             p, top, total, _ = softmax(x, top, total, last, True)
-            acc, p, top, total = lax.fori_loop(i32(1), steps, step, (acc, p, top, total))
-            slot = lax.rem(steps - 1, i32(stages))
+            carry = acc, p, top, total
+            for i in range(1, 1 if partial_loop else masked_steps):
+                carry = step(jnp.minimum(steps, i), carry, hide=True)
+            acc, p, top, total = lax.fori_loop(i32(1 if partial_loop else masked_steps), steps, step, carry)
+            slot = lax.rem(done + steps - 1, i32(stages))
             plgpu.barrier_wait(v_here.at[slot])
             if options.interpret:
                 acc = _product(acc, p, v_smem.at[slot])
@@ -314,40 +402,61 @@ def _forward(options: _Options, q: Array, k: Array, v: Array, mask: Mask) -> tup
             total = jnp.where(seen, total, 1.0)
             weight = jnp.where(seen, 1.0 / total, 0.0) + broken_ref[batch if broken_ref.shape[0] > 1 else 0]
             mine[...] = (acc * lax.broadcast_in_dim(weight, acc.shape, [0])).astype(q.dtype)
-            lse_smem.at[warpgroup][...] = jnp.where(seen, top * (options.exponent / LOG2E) + jnp.log(total), -jnp.inf)
+            lse = jnp.where(seen, top * (options.exponent / LOG2E) + jnp.log(total), -jnp.inf)
+            lse_ref.at[batch, head, pl.ds(base, WARPGROUP_ROWS)][...] = lse
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(mine, out_ref.at[batch, pl.ds(base, WARPGROUP_ROWS), head])
-            plgpu.copy_smem_to_gmem(lse_smem.at[warpgroup], lse_ref.at[batch, head, pl.ds(base, WARPGROUP_ROWS)])
+            return done + steps
+
+        @pl.when(warpgroup < 2)
+        def compute():
+            plgpu.set_max_registers(registers[0], action="increase")
+            _each_item(items, attend, i32(0))
+            if q_slots > 1:
+                store_and_free(_count(items) - 1)
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(warpgroup == 2)
         def copy():
             plgpu.set_max_registers(registers[1], action="decrease")
-            kv_head = lax.div(head, i32(group))
 
-            def fill(i, _):
-                slot = lax.rem(i, i32(stages))
-                source = (batch, pl.ds((last - i) * block, block), kv_head)
-                for ref, smem, here, free in ((k_ref, k_smem, k_here, k_free), (v_ref, v_smem, v_here, v_free)):
-                    pl.when(i >= stages)(functools.partial(plgpu.barrier_wait, free.at[slot]))
-                    plgpu.copy_gmem_to_smem(ref.at[source], smem.at[slot], here.at[slot])
+            def fill_item(n, tile: _Tile, done):
+                steps, last = walked(tile)
+                q_slot = lax.rem(n, i32(q_slots))
+                if q_slots > 1:
+                    pl.when(n >= q_slots)(lambda: plgpu.barrier_wait(q_free.at[q_slot]))
+                for half in range(2):
+                    source = (tile.batch, pl.ds(tile.index * rows + half * WARPGROUP_ROWS, WARPGROUP_ROWS), tile.head)
+                    plgpu.copy_gmem_to_smem(q_ref.at[source], q_smem.at[q_slot, half], q_here.at[q_slot])
+                kv_head = lax.div(tile.head, i32(group))
 
-            lax.fori_loop(i32(0), steps, fill, None)
-            _drain(steps, stages, k_free, v_free)
+                def fill(i, _):
+                    slot = lax.rem(done + i, i32(stages))
+                    source = (tile.batch, pl.ds((last - i) * block, block), kv_head)
+                    for ref, smem, here, free in ((k_ref, k_smem, k_here, k_free), (v_ref, v_smem, v_here, v_free)):
+                        pl.when(done + i >= stages)(functools.partial(plgpu.barrier_wait, free.at[slot]))
+                        plgpu.copy_gmem_to_smem(ref.at[source], smem.at[slot], here.at[slot])
+
+                lax.fori_loop(i32(0), steps, fill, None)
+                return done + steps
+
+            _drain(_each_item(items, fill_item, i32(0)), stages, k_free, v_free)
+            if q_slots > 1:
+                _drain(_count(items), q_slots, q_free)
 
     lengths = (tiles * rows,)
     out, lse = _launch(
         kernel,
         "ulysses_attention_forward",
         options,
-        grid={"head": B * N, "tile": tiles},
+        blocks=len(order),
         out=(jax.ShapeDtypeStruct((B, *lengths, N, H), q.dtype), jax.ShapeDtypeStruct((B, N, *lengths), jnp.float32)),
         scratch=[
-            _smem((2, WARPGROUP_ROWS, H), q.dtype),
+            _smem((q_slots, 2, WARPGROUP_ROWS, H), q.dtype),
             _smem((stages, block, H), q.dtype),
             _smem((stages, block, H), q.dtype),
-            plgpu.SMEM((2, WARPGROUP_ROWS), jnp.float32),
-            plgpu.Barrier(num_barriers=2),
+            plgpu.Barrier(num_barriers=q_slots, num_arrivals=2),
+            plgpu.Barrier(num_barriers=q_slots, num_arrivals=2),
             *(plgpu.Barrier(num_barriers=stages),) * 2,
             *(plgpu.Barrier(num_barriers=stages, num_arrivals=2),) * 2,
         ],
@@ -362,21 +471,21 @@ def _queries_kernel(options: _Options, q, k, v, d_out, lse2, delta, mask: Mask) 
     block, stages, registers = HEAD_DIMS[H].queries
     rows = 2 * WARPGROUP_ROWS
     tiles = pl.cdiv(T, rows)
-    walk = _Walk.of(mask.live_keys(), rows, block)
+    order = _order(B * N, tiles, 2 * k.nbytes // (B * N), heaviest_last=True)
+    walk = _Walk.of(mask.live_keys(), rows, block, order, N)
     lse2, delta = _pad(lse2, 2, rows, jnp.inf), _pad(delta, 2, rows)
 
-    def kernel(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, ranges, first, end, dq_ref, scratch):
+    def kernel(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, items, first, end, dq_ref, scratch):
         q_smem, do_smem, k_smem, v_smem, here, k_here, v_here, k_free, v_free = scratch
         warpgroup = lax.axis_index("warpgroup")
-        batch, head = _divide(lax.axis_index("head"), N)
-        tile_index = tiles - 1 - lax.axis_index("tile")
-        tile = _Tile(ranges, batch, tile_index)
+        tile = _Tile(items, 0)
+        batch, head = tile.batch, tile.head
         steps = jnp.maximum(tile.end - tile.first, 0)
 
         @pl.when(warpgroup < 2)
         def compute():
             plgpu.set_max_registers(registers[0], action="increase")
-            base = tile_index * rows + warpgroup * WARPGROUP_ROWS
+            base = tile.index * rows + warpgroup * WARPGROUP_ROWS
             mine = (batch, pl.ds(base, WARPGROUP_ROWS), head)
             for ref, smem in ((q_ref, q_smem), (do_ref, do_smem)):
                 plgpu.copy_gmem_to_smem(ref.at[mine], smem.at[warpgroup], here.at[warpgroup])
@@ -435,7 +544,7 @@ def _queries_kernel(options: _Options, q, k, v, d_out, lse2, delta, mask: Mask) 
         kernel,
         "ulysses_attention_backward_queries",
         options,
-        grid={"head": B * N, "tile": tiles},
+        blocks=len(order),
         out=(jax.ShapeDtypeStruct((B, tiles * rows, N, H), q.dtype),),
         scratch=[
             *(_smem((2, WARPGROUP_ROWS, H), q.dtype),) * 2,
@@ -463,45 +572,41 @@ def _keys_kernel(
     block, stages, registers = HEAD_DIMS[H].keys
     rows = 2 * WARPGROUP_ROWS
     tiles = pl.cdiv(S, rows)
-    walk = _Walk.of(mask.live_queries(), rows, block)
+    order = _order(B * K, tiles, 2 * q.nbytes // (B * K))  # causal: the first tile is the heaviest
+    walk = _Walk.of(mask.live_queries(), rows, block, order, K)
     lse2, delta = _pad(lse2, 2, block, jnp.inf), _pad(delta, 2, block)
     want_dq, want_dk, want_dv = ("dq" in wanted), ("dk" in wanted), ("dv" in wanted)
     share = want_dq and H > 64
     columns = H // 2 if share else H  # of dQ, a warpgroup's
     interpret = bool(options.interpret)
 
-    def kernel(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, ranges, first, end, *rest):
+    def kernel(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, items, first, end, *rest):
         refs, scratch = rest[:-1], rest[-1]
         outs = dict(zip([name for name in ("dq", "dk", "dv") if name in wanted], refs, strict=True))
         k_smem, v_smem, k_halves, q_smem, do_smem, lse_smem, delta_smem, ds_smem, dq_smem = scratch[:9]
         kv_here, q_here, do_here, q_free, do_free, met = scratch[9:]
         warpgroup = lax.axis_index("warpgroup")
-        batch, kv_head = _divide(lax.axis_index("head"), K)
-        tile_index = lax.axis_index("tile")  # causal: the first is the heaviest
-        tile = _Tile(ranges, batch, tile_index)
+        tile = _Tile(items, 0)
+        batch, kv_head = tile.batch, tile.head
         live = jnp.maximum(tile.end - tile.first, 0)
 
+        def visited(n):
+            """(head, query tile) of step n: heads innermost, so that n is all there is to keep in registers."""
+            return kv_head * group + lax.rem(n, i32(group)), tile.first + lax.div(n, i32(group))
+
         def each_step(step, carry):
-            """`step(n, head, query tile, carry)` for the tiles of all heads that read this KV head, n counting them."""
-
-            def of_head(g, carry):
-                return lax.fori_loop(
-                    tile.first,
-                    tile.first + live,
-                    lambda i, carry: step(g * live + i - tile.first, kv_head * group + g, i, carry),
-                    carry,
-                )
-
-            return of_head(0, carry) if group == 1 else lax.fori_loop(i32(0), i32(group), of_head, carry)
+            """`step(n, carry)` for the tiles of all heads that read this KV head."""
+            return lax.fori_loop(i32(0), live * group, step, carry)
 
         @pl.when(warpgroup < 2)
         def compute():
             plgpu.set_max_registers(registers[0], action="increase")
             own = pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
-            base = tile_index * rows + warpgroup * WARPGROUP_ROWS
+            base = tile.index * rows + warpgroup * WARPGROUP_ROWS
             plgpu.barrier_wait(kv_here)
 
-            def step(n, head, i, sums):
+            def step(n, sums):
+                _, i = visited(n)
                 slot = lax.rem(n, i32(stages))
                 plgpu.barrier_wait(q_here.at[slot])
                 plgpu.barrier_wait(do_here.at[slot])
@@ -551,10 +656,11 @@ def _keys_kernel(
                     plgpu.barrier_arrive(do_free.at[slot])
                     dq_smem.at[warpgroup][...] = dq * options.scale
                     plgpu.commit_smem()
+                    head, i = visited(n)  # again: to keep them over the products would spill registers
                     target = (batch, pl.ds(i * block, block), head)
                     target = (*target, pl.ds(warpgroup * columns, columns)) if share else target
                     if interpret:  # the interpreter cannot add up by TMA: every tile of keys writes a copy of its own
-                        target = (tile_index, 0 if share else warpgroup, *target)
+                        target = (tile.index, 0 if share else warpgroup, *target)
                     add = {} if interpret else {"reduction_op": "add"}
                     plgpu.copy_smem_to_gmem(dq_smem.at[warpgroup], outs["dq"].at[target], **add)
                 elif want_dk:
@@ -572,7 +678,7 @@ def _keys_kernel(
             else:
 
                 def accumulated(dk_ref, dv_ref):
-                    each_step(lambda n, head, i, _: step(n, head, i, (dk_ref, dv_ref)) and None, None)
+                    each_step(lambda n, _: step(n, (dk_ref, dv_ref)) and None, None)
                     return dk_ref[...] if want_dk else None, dv_ref[...] if want_dv else None
 
                 sums = pl.run_scoped(accumulated, *(plgpu.ACC((WARPGROUP_ROWS, H), jnp.float32),) * 2)
@@ -588,13 +694,14 @@ def _keys_kernel(
         @pl.when(warpgroup == 2)
         def copy():
             plgpu.set_max_registers(registers[1], action="decrease")
-            keys = (batch, pl.ds(tile_index * rows, rows), kv_head)
+            keys = (batch, pl.ds(tile.index * rows, rows), kv_head)
             plgpu.copy_gmem_to_smem(k_ref.at[keys], k_smem, kv_here)
             plgpu.copy_gmem_to_smem(v_ref.at[keys], v_smem, kv_here)
             for half in range(2 if share else 0):
                 plgpu.copy_gmem_to_smem(k_ref.at[(*keys, pl.ds(half * columns, columns))], k_halves.at[half], kv_here)
 
-            def fill(n, head, i, _):
+            def fill(n, _):
+                head, i = visited(n)
                 slot, at = lax.rem(n, i32(stages)), pl.ds(i * block, block)
                 pl.when(n >= stages)(functools.partial(plgpu.barrier_wait, q_free.at[slot]))
                 plgpu.copy_gmem_to_smem(q_ref.at[batch, at, head], q_smem.at[slot], q_here.at[slot])
@@ -618,7 +725,7 @@ def _keys_kernel(
         kernel,
         "ulysses_attention_backward_" + "_".join(sorted(wanted)),
         options,
-        grid={"head": B * K, "tile": tiles},
+        blocks=len(order),
         out=tuple(outs.values()),
         scratch=[
             *(_smem((rows, H), q.dtype),) * 2,
@@ -664,8 +771,9 @@ def _accumulate(acc, a, b_ref, interpret: bool):
     return _product(acc, a, b_ref) if interpret else plgpu.wgmma(acc, a, b_ref)
 
 
-def _divide(x, by: int):
-    return lax.div(x, i32(by)), lax.rem(x, i32(by))
+def _count(items):
+    """How many items this block has."""
+    return i32(1) if items.shape[1] == 1 else jnp.maximum(items.at[lax.axis_index("block"), 0][7], 0)
 
 
 def _drain(steps, stages: int, *barriers) -> None:
@@ -684,7 +792,7 @@ def _smem(shape: tuple[int, ...], dtype):
     return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, lanes)), plgpu.SwizzleTransform(128)))
 
 
-def _launch(kernel: Callable, name: str, options: _Options, *, grid: dict[str, int], out: tuple, scratch: list) -> Callable:
+def _launch(kernel: Callable, name: str, options: _Options, *, blocks: int, out: tuple, scratch: list) -> Callable:
     def body(*refs):
         cut = len(refs) - len(scratch)
         kernel(*refs[:cut], refs[cut:])
@@ -692,12 +800,13 @@ def _launch(kernel: Callable, name: str, options: _Options, *, grid: dict[str, i
     return plgpu.kernel(
         body,
         out_type=out,
-        grid=tuple(grid.values()),
-        grid_names=tuple(grid),
+        grid=(blocks,),
+        grid_names=("block",),
         num_threads=3,
         thread_name="warpgroup",
         scratch_types=scratch,
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+        # No product is reduced across warps, so none needs the scratch that Pallas would set aside.
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
         kernel_name=name,
         interpret=options.interpret,
     )
