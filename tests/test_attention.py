@@ -200,7 +200,7 @@ X = heads(2, 8, 4, 8)
         ({"mask": make_mask(8), "is_causal": True}, r"mask was given together with is_causal"),
         ({"mask": make_mask(8, 16)}, r"mask was made for T = 8, S = 16, but q has T = 8 and k has S = 8"),
         ({"logits_soft_cap": 0.0}, r"logits_soft_cap is 0.0; it must be .*> 0"),
-        ({"implementation": "pallas_triton"}, r"implementation is 'pallas_triton'; it must be None or one of cudnn, xla"),
+        ({"implementation": "pallas_triton"}, r"implementation is 'pallas_triton'; it must be None or one of pallas, cudnn"),
     ],
 )
 def test_refuses_what_does_not_fit_together(arguments, message):

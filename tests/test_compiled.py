@@ -128,7 +128,7 @@ def own_tokens_only(q, k, v, *, mask, logits_soft_cap):
 @pytest.mark.slow
 def test_a_step_without_sequence_parallelism_is_caught(monkeypatch):
     """Trap 2: a planted attention on each device's own tokens compiles, trains, and holds no all-to-all."""
-    monkeypatch.setattr(train, "ShardAttention", lambda implementation: own_tokens_only)
+    monkeypatch.setattr(train, "ShardAttention", lambda **options: own_tokens_only)
     own = config()
     p = train.build(own, make_mesh(data=DATA, seq=SEQ))
     found = collectives(p.step.lower(p.abstract, train.batch_shapes(own, p.mesh)).compile(FAST))
@@ -137,7 +137,7 @@ def test_a_step_without_sequence_parallelism_is_caught(monkeypatch):
 
 def test_attention_without_sequence_parallelism_is_refused_its_mask(monkeypatch):
     """Trap 2: one-device attention, handed to the divided model, finds a mask for the whole sequence and says so."""
-    monkeypatch.setattr(train, "ShardAttention", lambda implementation: dot_product_attention)
+    monkeypatch.setattr(train, "ShardAttention", lambda **options: dot_product_attention)
     own = dataclasses.replace(config(), seed=1)
     p = train.build(own, make_mesh(data=DATA, seq=SEQ))
     with pytest.raises(ValueError, match=f"mask was made for T = {LENGTH}, S = {LENGTH}, but q has T = {LENGTH // SEQ}"):

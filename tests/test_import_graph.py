@@ -31,7 +31,8 @@ TRAIN = {*LAYERS}
 ROOMS = LAYERS | {
     "train": TRAIN,
     "plan": {*TRAIN, "train"},
-    "verify": {*TRAIN, "train"},
+    # The ledger of collectives is plan's.
+    "verify": {*TRAIN, "train", "plan"},
     "cli": {*TRAIN, "train", "plan", "verify"},
 }
 OUTSIDE = {"experiments", "tests", "notebooks"}

@@ -45,6 +45,8 @@ def test_refuses_sizes_that_cannot_be(sizes, message):
 
 
 def test_tokens_lie_over_the_axes_that_the_mesh_has():
+    """Naming an axis that is not there breaks it; a ring is outside of `seq`."""
+    assert token_spec(make_mesh(data=2, ring=2, seq=2)) == PartitionSpec("data", ("ring", "seq"))
     assert token_spec(make_mesh(data=2, seq=4)) == PartitionSpec("data", "seq")
     assert token_spec(Mesh(np.array(jax.devices()), ("seq",))) == PartitionSpec(None, "seq")
     assert token_spec(Mesh(np.array(jax.devices()), ("data",))) == PartitionSpec("data", None)

@@ -42,6 +42,8 @@ from ulysses_jax.checkpoint import Checkpoints
 from ulysses_jax.config import CheckpointConfig, DataConfig, MeshConfig, OptimizerConfig, RopeScaling
 from ulysses_jax.data import open_corpus
 from ulysses_jax.report import claim
+from ulysses_jax.train import build
+from ulysses_jax.verify import verify
 from ulysses_jax.zero import hold
 
 FILE = Path(__file__).with_name("REFUSALS.md")
@@ -81,6 +83,19 @@ def attend_on_mesh(q: Any = None, k: Any = None, **options: Any) -> object:
 def on_shards(local: Callable, array: Any) -> object:
     spec = PartitionSpec(None, "seq")
     return jax.eval_shape(jax.shard_map(local, mesh=make_mesh(seq=4), in_specs=spec, out_specs=spec), array)
+
+
+def attend_on_ring(q: Any = None, k: Any = None, **options: Any) -> object:
+    return attend_on_mesh(q, k, batch_axes=(), ring_axis="data", **options)
+
+
+def attend_on_heads(q: Any, k: Any = None) -> object:
+    return attend_on_mesh(q, k, batch_axes=(), seq_axis="data", head_axis="seq")
+
+
+def on_ring(local: Callable) -> object:
+    spec = PartitionSpec(None, ("ring", "seq"))
+    return jax.eval_shape(jax.shard_map(local, mesh=make_mesh(ring=2, seq=2), in_specs=spec, out_specs=spec), x())
 
 
 def traced(call: Callable[[Any], object]) -> object:
@@ -222,8 +237,14 @@ ATTENTION = [
 
 MESH = [
     Row("a mesh of 0", lambda: make_mesh(data=0), ("data is 0", "at least 1 device")),
+    Row("a ring of 0", lambda: make_mesh(ring=0), ("ring is 0", "at least 1 device")),
     Row("a mesh of 2.0", lambda: make_mesh(data=a(2.0)), ("data is 2.0", "must be an int")),
     Row("more devices than there are", lambda: make_mesh(data=4, seq=4), ("4 × 4 needs 16", "there are 8", "smaller mesh")),
+    Row(
+        "more devices than there are, with a ring",
+        lambda: make_mesh(seq=4, ring=4),
+        ("data × ring × seq", "1 × 4 × 4 needs 16"),
+    ),
     Row("no devices", lambda: make_mesh(devices=[]), ("needs 1 devices", "there are 0", "Choose")),
     Row("devices by number", lambda: make_mesh(devices=a([0])), ("devices is [0]", "list of jax devices", "jax.devices()[:2]")),
     Row("a device twice", lambda: make_mesh(seq=2, devices=[jax.devices()[0]] * 2), ("twice", "each may be used once")),
@@ -232,12 +253,42 @@ MESH = [
     Row("mesh without the axis", lambda: attend_on_mesh(seq_axis="sp"), ("seq_axis names 'sp'", "('data', 'seq')", "Pass")),
     Row("no such batch axis", lambda: attend_on_mesh(batch_axes="dp"), ("batch_axes names 'dp'", "batch_axes=()")),
     Row("no such head axis", lambda: attend_on_mesh(head_axis="tp"), ("head_axis names 'tp'", "Pass head_axis=")),
+    Row("no such ring axis", lambda: attend_on_mesh(ring_axis="ring"), ("ring_axis names 'ring'", "Pass ring_axis=")),
     Row("an axis used twice", lambda: attend_on_mesh(batch_axes="seq"), ("['seq', 'seq']", "may be used once")),
     Row("batch not divisible", lambda: attend_on_mesh(x(B=3)), ("B = 3", "not divisible by 2", "Pad it")),
-    Row("length not divisible", lambda: attend_on_mesh(x(T=6)), ("T = 6", "not divisible by 4")),
-    Row("key length not divisible", lambda: attend_on_mesh(x(), x(T=6)), ("S = 6", "not divisible by 4")),
-    Row("heads not divisible", lambda: attend_on_mesh(x(N=6)), ("N = 6", "P = 4", "P must divide N", "[1, 2, 3, 6]")),
-    Row("KV heads not dealt out", lambda: attend_on_mesh(x(N=12), x(N=3)), ("K = 3", "P = 4", "repeat the KV heads")),
+    Row("a length that the ring does not divide", lambda: attend_on_ring(x(T=12)), ("T = 12", "by 8", "without ring_axis any")),
+    Row("a key length that the ring does not divide", lambda: attend_on_ring(x(), x(T=12)), ("S = 12", "by 8", "Pad it")),
+    Row(
+        "two lengths on a ring",
+        lambda: attend_on_ring(x(), x(T=16)),
+        ("T = 8", "S = 16", "must be equal", "Leave ring_axis out"),
+        error=NotImplementedError,
+    ),
+    Row(
+        "a mask on a ring",
+        lambda: attend_on_ring(mask=make_mask(8)),
+        ("mask was given together with ring_axis", "pass is_causal"),
+        error=NotImplementedError,
+    ),
+    Row(
+        "a pair of ids on a ring",
+        lambda: attend_on_ring(segment_ids=(ids(2, 8), ids(2, 8))),
+        ("segment_ids is a pair", "one array [B, T]"),
+        error=NotImplementedError,
+    ),
+    Row(
+        "a balanced order without a ring",
+        lambda: attend_on_mesh(balanced=True),
+        ("balanced is True", "ring_axis is None", "Name"),
+    ),
+    Row("balanced a string", lambda: attend_on_ring(balanced="no"), ("balanced is 'no'", "True or False")),
+    Row(
+        "a length that the balanced order does not halve",
+        lambda: attend_on_mesh(x(), mesh=make_mesh(ring=8), ring_axis="ring", balanced=True),
+        ("T = 8", "8 devices", "an even number", "multiple of 16"),
+    ),
+    Row("heads that head_axis does not divide", lambda: attend_on_heads(x(N=6)), ("N = 6", "by 4", "leave head_axis out")),
+    Row("KV heads that head_axis does not divide", lambda: attend_on_heads(x(), x(N=2)), ("K = 2", "by 4", "Repeat them")),
     Row("ids of another batch, on a mesh", lambda: attend_on_mesh(segment_ids=ids(4, 8)), ("batch of 4", "B = 2")),
     Row("a shard's ids for the whole", lambda: attend_on_mesh(segment_ids=ids(2, 2)), ("int32[2, 2]", "T = 8")),
     Row("mask of another length, on a mesh", lambda: attend_on_mesh(mask=make_mask(2)), ("T = 2", "make_mask(8, 8)")),
@@ -259,6 +310,38 @@ MESH = [
         "the shard core with a shard's mask",
         lambda: on_shards(lambda q: ulysses_attention_shard(q, q, q, mask=make_mask(2)), x()),
         ("T = 2", "q has T = 8", "make_mask(8, 8)"),
+    ),
+    Row(
+        "the shard core of a longer length",
+        lambda: on_shards(lambda q: ulysses_attention_shard(q, q, q, length=9), x()),
+        ("length is 9", "at most P · T/P = 8", "Leave it out"),
+    ),
+    Row(
+        "the shard core of a length of three",
+        lambda: on_shards(lambda q: ulysses_attention_shard(q, q, q, length=a((8, 8, 8))), x()),
+        ("length is (8, 8, 8)", "T or (T, S)"),
+    ),
+    Row(
+        "the shard core of a length, on a ring",
+        lambda: on_ring(lambda q: ulysses_attention_shard(q, q, q, ring_axis="ring", length=7)),
+        ("length is 7", "pad T", "segment_ids"),
+        error=NotImplementedError,
+    ),
+    Row(
+        "the shard core over a ring that is not there",
+        lambda: on_shards(lambda q: ulysses_attention_shard(q, q, q, ring_axis="ring"), x()),
+        ("ring_axis is 'ring'", "inside a shard_map", "Pass ring_axis="),
+    ),
+    Row(
+        "the shard core with a shard's ids, on a ring",
+        lambda: on_ring(lambda q: ulysses_attention_shard(q, q, q, ring_axis="ring", segment_ids=ids(2, 2))),
+        ("int32[2, 2]", "[B, T] = [2, 8]", "Gather it once"),
+    ),
+    Row(
+        "the shard core of two lengths, on a ring",
+        lambda: on_ring(lambda q: ulysses_attention_shard(q, q[:, :1], q[:, :1], ring_axis="ring")),
+        ("2 tokens", "k 1", "must be equal"),
+        error=NotImplementedError,
     ),
     Row("seq_to_heads outside shard_map", lambda: seq_to_heads(x(), "seq"), ("axis_name is 'seq'", "inside a shard_map")),
     Row(
@@ -289,6 +372,11 @@ FLAX = [
         "attention_fn of no such implementation",
         lambda: attention_fn(make_mesh(), implementation="flash"),
         ("'flash'", "one of"),
+    ),
+    Row(
+        "attention_fn of a balanced order without a ring",
+        lambda: attention_fn(make_mesh(), balanced=True),
+        ("balanced is True", "ring_axis is None"),
     ),
     Row(
         "a boolean mask in a Flax layer",
@@ -356,6 +444,7 @@ CONFIG = [
     Row("a RoPE that shrinks", lambda: RopeScaling(factor=0.5), ("rope_scaling.factor is 0.5", "at least 1")),
     Row("RoPE's bounds reversed", lambda: RopeScaling(low_freq_factor=9.0), ("9.0", "0 < low < high", "Llama 3.1 uses")),
     Row("a mesh of no data axis", lambda: MeshConfig(data=0), ("mesh.data is 0", "at least 1")),
+    Row("a mesh of no ring", lambda: MeshConfig(ring=0), ("mesh.ring is 0", "at least 1")),
     Row("sequences of one token", lambda: DataConfig(seq_len=1), ("data.seq_len is 1", "at least 2")),
     Row("nothing held out", lambda: DataConfig(held_out=0.0), ("data.held_out is 0.0", "between 0 and 1")),
     Row("a negative seed", lambda: DataConfig(seed=-1), ("data.seed is -1", "at least 0")),
@@ -371,7 +460,16 @@ CONFIG = [
     Row("unknown implementation in a run", lambda: train(implementation="flash"), ("'flash'", "one of", "None")),
     Row("a project without a name", lambda: train(wandb=""), ("wandb is ''", "None for no tracking")),
     Row("a number for a part", lambda: train(mesh=8), ("mesh is 8", "a MeshConfig")),
-    Row("heads that P does not divide", lambda: train(mesh=MeshConfig(seq=8)), ("N = 4", "P = 8", "[1, 2, 4]")),
+    Row(
+        "a run of another mesh",
+        lambda: build(train(), make_mesh(seq=8)),
+        ("'data': 1, 'seq': 8", "config says data=2, seq=4", "make_mesh(data=2, seq=4)"),
+    ),
+    Row(
+        "a comparison on another mesh",
+        lambda: verify(train(mesh=MeshConfig(ring=2, seq=2)), make_mesh(seq=4)),
+        ("'data': 1, 'seq': 4", "make_mesh(data=1, seq=2, ring=2)"),
+    ),
 ]
 
 COMMANDS = [
@@ -388,15 +486,32 @@ COMMANDS = [
     Row("a NaN learning rate, typed", "train demo --optimizer.learning-rate nan", ("learning_rate is nan", "finite")),
     Row("no steps, typed", "train demo --steps 0", ("steps is 0", "at least 1")),
     Row("length not divisible, typed", "train demo --data.seq-len 63", ("63", "multiple of mesh.seq = 4", "above is 64")),
+    Row(
+        "length that the ring does not halve, typed",
+        "train demo --mesh.ring 2 --data.seq-len 72",
+        ("72", "2 × mesh.ring × mesh.seq = 16", "above is 80"),
+    ),
     Row("batch not divisible, typed", "train demo --data.batch-size 3", ("is 3", "mesh.data × accumulation = 2 × 1", "is 4")),
-    Row("heads not divisible, typed", "train demo --mesh.seq 8", ("N = 4", "P = 8", "[1, 2, 4]")),
-    Row("KV heads, typed", f"{TINY} --model.num-heads 12 --model.num-kv-heads 3", ("K = 3", "P = 4", "Use another degree")),
     Row(
         "more devices than there are, typed",
         f"{TINY} --mesh.data 16 --data.batch-size 16",
         ("16 × 4 needs 64", "there are 8", "smaller mesh"),
         setup=text,
     ),
+    Row(
+        "more devices than there are, with a ring, typed",
+        f"{TINY} --mesh.ring 4",
+        ("data × ring × seq = 2 × 4 × 4 needs 32", "there are 8", "smaller mesh"),
+        setup=text,
+    ),
+    Row("verify without a recipe", "verify --mesh.seq 2", ("verify needs a recipe first", "demo, demo-bidirectional")),
+    Row("verify of an unknown recipe", "verify dmeo", ("no recipe 'dmeo'", "demo, demo-bidirectional")),
+    Row("verify with a run's folder", "verify demo --out run", ("ulysses verify demo has no argument '--out'", "--help")),
+    Row("verify of no such field", "verify demo --seq-len 64", ("'--seq-len'", "Did you mean --data.seq-len")),
+    Row(
+        "verify with more devices than there are", "verify demo --mesh.seq 8", ("2 × 8 needs 16", "there are 8", "smaller mesh")
+    ),
+    Row("verify with cuDNN without a GPU", "verify demo --implementation cudnn", ("'cudnn'", "'cpu'", "use 'xla'")),
     Row("a vocabulary smaller than bytes", f"{TINY} --model.vocab-size 100", ("is 100", "at least 258"), setup=text),
     Row("data that is not there", TINY, ("data.source 'corpus' does not exist", "'stdlib'")),
     Row("a single text file", f"{TINY} --data.source a.txt", ("is a single file", "folder"), lambda: write("a.txt", "a")),

@@ -1,9 +1,9 @@
-"""The ring: with Ulysses inside it equals the float64 oracle in both token orders, shares causal work evenly, and trains alike."""
+"""The ring: with Ulysses inside it equals the float64 oracle in both token orders, shares causal work, and trains alike."""
 
 import collections
 import dataclasses
 import functools
-import math
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,7 +11,7 @@ import pytest
 from jax import Array
 
 from tests.oracles import TOLERANCE, Case, dense_mask, errors_beyond, quick_jit
-from tests.trainers import FAST, first_state, hlo, make_batch, take_steps, tiny
+from tests.trainers import FAST, LENGTH, first_state, hlo, make_batch, take_steps, tiny
 from ulysses_jax import train
 from ulysses_jax.config import MeshConfig
 from ulysses_jax.data import place
@@ -19,6 +19,7 @@ from ulysses_jax.mesh import make_mesh, token_order
 from ulysses_jax.plan import Crossing, ledger
 from ulysses_jax.ring import live_pairs
 from ulysses_jax.ulysses import ulysses_attention
+from ulysses_jax.verify import unplanned
 
 MESHES = [(1, 4, 2), (1, 2, 4), (2, 2, 2), (1, 1, 8)]  # data, seq, ring: chunks of 12, 6, 12 and 3 tokens
 NAMES = ("out", "dq", "dk", "dv")
@@ -37,7 +38,7 @@ def compiled(shape: tuple[int, int, int], name: str, *, balanced: bool) -> jax.s
     mesh = make_mesh(data=data, seq=seq, ring=ring)
 
     def out_and_gradients(q: Array, k: Array, v: Array, d_out: Array, ids: Array | None) -> tuple[Array, ...]:
-        options = case.mask_options() | case.score_options() | {"segment_ids": ids}
+        options: dict[str, Any] = case.mask_options() | case.score_options() | {"segment_ids": ids}
         options |= {"mesh": mesh, "ring_axis": "ring", "balanced": balanced, "implementation": "xla"}
         out, pull = jax.vjp(lambda q, k, v: ulysses_attention(q, k, v, **options), q, k, v)
         return out, *pull(d_out)
@@ -100,7 +101,7 @@ def test_documents_of_the_battery_span_devices_and_leave_turns_without_keys():
 def test_a_turn_whose_keys_are_invisible_adds_nothing():
     """Natural order, causal: the first device sees no key but its own. Weighing a turn by exp(−inf + inf) breaks it."""
     shape, own = (1, 1, 8), CASES["causal"].T // 8
-    q, k, v, d_out, _ = map(np.copy, inputs(CASES["causal"])[:4] + [np.zeros(0)])
+    q, k, v, d_out = (CASES["causal"].arrays()[name].copy() for name in ("q", "k", "v", "d_out"))
     d_out[:, own:] = 0
     plain = run(shape, "causal", [q, k, v, d_out, None], balanced=False)
     for x in (k, v):
@@ -193,8 +194,8 @@ def test_only_keys_and_values_go_around_the_ring_and_only_heads_are_exchanged(sh
     assert sum(c.bytes * c.times for c in found["collective-permute"]) == kv * (2 * (ring - 1) + 4 * ring)
 
 
-def ring_steps(config: train.TrainConfig, batches: list) -> tuple[list[dict[str, float]], list[Crossing]]:
-    """Every step's metrics, and the ledger of the step, from the first state of one device."""
+def ring_steps(config: train.TrainConfig, batches: list) -> tuple[list[dict[str, float]], train.Program, list[Crossing]]:
+    """Every step's metrics from the first state of one device, the program, and the ledger of its step."""
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
     p = train.build(config, mesh)
     step = p.step.lower(p.abstract, train.batch_shapes(config, mesh)).compile(FAST)
@@ -204,7 +205,7 @@ def ring_steps(config: train.TrainConfig, batches: list) -> tuple[list[dict[str,
     for batch in batches:
         state, m = step(state, place(batch, mesh))
         metrics.append({name: float(x) for name, x in m.items()})
-    return metrics, ledger(hlo(step), mesh)
+    return metrics, p, ledger(hlo(step), mesh)
 
 
 @pytest.mark.slow
@@ -214,13 +215,14 @@ def test_training_on_a_ring_follows_one_device(mask_documents):
     own = tiny(mask_documents=mask_documents)
     batches = [make_batch(own, step) for step in range(4)]
     _, want = take_steps(own, batches)
-    got, crossings = ring_steps(dataclasses.replace(own, mesh=MeshConfig(ring=2, seq=2)), batches)
+    got, p, crossings = ring_steps(dataclasses.replace(own, mesh=MeshConfig(ring=2, seq=2)), batches)
     for name in ("loss", "grad_norm", "tokens"):
         np.testing.assert_allclose([m[name] for m in got], [m[name] for m in want], rtol=1e-6, err_msg=name)
     assert {c.axes for c in crossings if c.kind == "collective-permute"} == {("ring",)}
     assert {c.axes for c in crossings if c.kind == "all-to-all"} == {("seq",)}
-    # Only weights and integers are gathered: a sequence's floats are of at least T/4 tokens.
-    rows, T, D = own.data.batch_size, own.data.seq_len, own.model.embed_dim
+    # Only integers and pieces of weights are gathered.
     gathered = [c for c in crossings if c.kind == "all-gather" and c.operands[0][0].startswith("f")]
     assert gathered
-    assert not [c for c in gathered for _, shape in c.operands if math.prod(shape) >= rows * T // 4 * D]
+    assert unplanned(p, crossings) == []
+    activation = Crossing("all-gather", ("ring",), (("f32", (8, LENGTH // 4, own.model.embed_dim)),), 1, "planted")
+    assert unplanned(p, [*crossings, activation]) == [activation]

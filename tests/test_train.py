@@ -295,7 +295,7 @@ def test_a_complete_run_is_not_run_again(text, uninterrupted):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(text, tmp_path, monkeypatch):
-    """The message says what to try."""
+    """At the first logged step, and nothing of it is written; looking only where a checkpoint is due breaks it."""
     config = run_config(text)
 
     def spoilt() -> train.State:
@@ -307,8 +307,11 @@ def test_a_loss_that_is_not_finite_ends_the_run(text, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"the loss is nan at step 1; the last save is kept. Try a lower"):
         train.run(config, tmp_path / "run", QUIET)
     assert not any((tmp_path / "run" / "checkpoints").iterdir())
+    assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
 def test_a_mesh_that_is_not_the_configs_is_refused():
-    with pytest.raises(ValueError, match="but the config says data=2, seq=4"):
+    with pytest.raises(ValueError, match=r"but the config says data=2, seq=4; make it with make_mesh\(data=2, seq=4\)"):
         build(tiny(2, 4), make_mesh(data=4, seq=2))
+    with pytest.raises(ValueError, match=r"'ring': 2, 'seq': 2}, but the config says data=2, seq=4"):
+        build(tiny(2, 4), make_mesh(data=2, ring=2, seq=2))

@@ -394,8 +394,12 @@ X = jnp.zeros((4, 32, 8, 4))
         ({"batch_axes": ("seq",)}, r"each mesh axis may be used once"),
         ({name: X[:3] for name in "qkv"}, r"batch B = 3 is not divisible by 2, the size of mesh axis data"),
         (
-            {"q": X[:, :, :6], "head_axis": "seq", "seq_axis": "data", "batch_axes": ()},
+            {name: X[:, :, :6] for name in "qkv"} | {"head_axis": "seq", "seq_axis": "data", "batch_axes": ()},
             r"query heads N = 6 is not divisible by 4",
+        ),
+        (
+            {name: X[:, :, :2] for name in "kv"} | {"head_axis": "seq", "seq_axis": "data", "batch_axes": ()},
+            r"KV heads K = 2 is not divisible by 4",
         ),
         ({"ring_axis": "ring"}, r"ring_axis names 'ring'"),
         ({"q": X[:, :30], "ring_axis": "data", "batch_axes": ()}, r"query length T = 30 is not divisible by 8, .* data × seq"),

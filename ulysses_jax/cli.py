@@ -45,6 +45,13 @@ class TrainCommand:
     """print shapes, parameter counts and bytes a device, and stop"""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConfigCommand:
+    """A command that needs a whole run's config and nothing else."""
+
+    config: Annotated[TrainConfig, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
@@ -70,6 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return train(name, rest, console)
             case ["verify", name, *rest] if not name.startswith("-"):
                 return verify(name, rest, console)
+            case ["verify", "-h" | "--help"]:
+                print(USAGE)
             case ["verify", *_]:
                 raise ValueError(f"verify needs a recipe first; the recipes are {', '.join(recipes.RECIPES)}.")
             case [command, *_]:
@@ -130,30 +139,32 @@ def announce(name: str, command: TrainCommand, console: Console) -> None:
 
 
 def _parse(name: str, arguments: Sequence[str], verb: str = "train") -> TrainCommand:
-    """The recipe's config with the fields that the arguments name.
+    """The recipe's config with the fields that the arguments name; only `train` has arguments beside them.
 
     Raises:
       ValueError: no such recipe, no such field, or a value that is not of its field's type.
     """
-    default = TrainCommand(config=recipes.recipe(name), out=Path("runs") / name)
+    whole = TrainCommand(config=recipes.recipe(name), out=Path("runs") / name)
+    default = whole if verb == "train" else ConfigCommand(config=whole.config)
     prog, box = f"ulysses {verb} {name}", io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
             command, unknown = tyro.cli(
-                TrainCommand, args=list(arguments), default=default, prog=prog, return_unknown_args=True
+                type(default), args=list(arguments), default=default, prog=prog, return_unknown_args=True
             )
     except SystemExit as stop:
         if stop.code in (0, None):  # --help
             raise
         raise ValueError(f"{_inside(box.getvalue())} See {prog} --help.") from None
     if unknown:
-        known = ["--out", "--dry-run", *(f"--{field}" for field in _names(to_dict(command.config)))]
+        own = ["--out", "--dry-run"] if verb == "train" else []
+        known = [*own, *(f"--{field}" for field in _names(to_dict(command.config)))]
         wanted = unknown[0].split("=")[0].replace("_", "-")
         close = [x for x in known if x.endswith("." + wanted[2:])] or difflib.get_close_matches(wanted, known, n=2)
         hint = f" Did you mean {' or '.join(close)}?" if close else ""
         hint = hint if unknown[0].startswith("-") else " Fields are given as --field value."
         raise ValueError(f"{prog} has no argument {unknown[0]!r}.{hint} See {prog} --help.")
-    return command
+    return command if isinstance(command, TrainCommand) else dataclasses.replace(whole, config=command.config)
 
 
 def _names(fields: dict, prefix: str = "") -> list[str]:

@@ -63,8 +63,8 @@ def make_mesh(
 
 
 def token_spec(mesh: Mesh) -> PartitionSpec:
-    """How [B, T, …] arrays lie on a training mesh: batch over `data`, length over `sequence_axes`."""
-    return PartitionSpec(DATA, sequence_axes(mesh))
+    """How [B, T, …] arrays lie on a training mesh: batch over `data`, length over `sequence_axes`, of those it has."""
+    return PartitionSpec(DATA if DATA in mesh.axis_names else None, sequence_axes(mesh) or None)
 
 
 def sequence_axes(mesh: Mesh) -> tuple[str, ...]:

@@ -82,8 +82,8 @@ class _Turns:
         self.pieces = 2 if options.balanced else 1
         if length % self.pieces:
             raise ValueError(
-                f"a device of the ring holds {length} tokens; the balanced order needs an even number. Choose T a multiple of "
-                f"{2 * self.size} times the other sequence axes."
+                f"T = {length * self.size} gives each of {self.size} devices of the ring {length} tokens; the balanced order "
+                f"needs an even number. Pad T to a multiple of {2 * self.size}, or leave balanced out."
             )
         self.chunk = length // self.pieces
 

@@ -67,14 +67,17 @@ def build(config: TrainConfig, mesh: Mesh) -> Program:
     Raises:
       ValueError: a mesh that is not the config's.
     """
-    if {"ring": 1, **mesh.shape} != dataclasses.asdict(config.mesh):
-        raise ValueError(f"the mesh is {dict(mesh.shape)}, but the config says {dataclasses.asdict(config.mesh)}.")
+    if {"ring": 1, **mesh.shape} != (sizes := dataclasses.asdict(config.mesh)):
+        said = ", ".join(f"{axis}={size}" for axis, size in sizes.items() if axis != RING or size > 1)
+        raise ValueError(f"the mesh is {dict(mesh.shape)}, but the config says {said}; make it with make_mesh({said}).")
+
+    on_ring = RING in mesh.shape
 
     def create() -> Transformer:
         return Transformer(
             config.model,
             attention=ShardAttention(
-                implementation=config.implementation, ring_axis=RING if RING in mesh.shape else None, balanced=True
+                implementation=config.implementation, ring_axis=RING if on_ring else None, balanced=on_ring
             ),
             unshard=Unshard(config.model.dtype),
             rngs=nnx.Rngs(config.seed),
@@ -245,6 +248,7 @@ def _loop(program, step, state, first, packing, corpus, checkpoints, report, sto
         ahead = metrics["loss"]
         if i % config.log_every == 0 or i in (1, config.steps):
             values = {name: float(x) for name, x in metrics.items()}
+            _refuse_divergence(values["loss"], i)
             seconds = (time.perf_counter() - since) / (i - at)
             per_device = flops / seconds / program.mesh.size / 1e12
             report.write({"step": i, **values, "tokens_per_s": tokens / seconds, "model_tflops_per_device": per_device})
@@ -255,12 +259,17 @@ def _loop(program, step, state, first, packing, corpus, checkpoints, report, sto
             report.write({"step": i, **evaluate(program, state["params"], corpus)})
             since, at = time.perf_counter(), i
         if asked or i == config.steps or i % config.checkpoint.every == 0:
-            if not np.isfinite(loss := float(metrics["loss"])):
-                raise ValueError(f"the loss is {loss} at step {i}; the last save is kept. Try a lower optimizer.learning_rate.")
+            _refuse_divergence(float(metrics["loss"]), i)
             checkpoints.save(i, state)
         if asked and i < config.steps:
             return state, False
     return state, True
+
+
+def _refuse_divergence(loss: float, step: int) -> None:
+    """End the run before what is not finite is logged or saved."""
+    if not math.isfinite(loss):
+        raise ValueError(f"the loss is {loss} at step {step}; the last save is kept. Try a lower optimizer.learning_rate.")
 
 
 def evaluate(program: Program, params: Tree, corpus: Corpus) -> dict[str, float]:

@@ -22,6 +22,7 @@ from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
@@ -127,9 +128,10 @@ def ulysses_attention_shard(
       ValueError: shapes that do not fit.
     """
     check_heads(q, k, v)
+    _check_ring(ring_axis, balanced=balanced, segment_ids=segment_ids, mask=mask)
     degree = _degree(axis_name)
     dealing = deal_heads(q.shape[2], k.shape[2], degree)
-    T, S = (degree * q.shape[1], degree * k.shape[1]) if length is None else _pair(length)
+    T, S = _lengths(q, k, degree, length, ring_axis)
     q_all, k_all, v_all = (
         seq_to_heads(take_heads(x, heads), axis_name)[:, :size]
         for x, heads, size in ((q, dealing.queries, T), (k, dealing.keys, S), (v, dealing.keys, S))
@@ -144,10 +146,9 @@ def ulysses_attention_shard(
             q_all, k_all, v_all, segment_ids=segment_ids, mask=mask, deterministic=deterministic, **options
         )
     else:
-        if mask is not None or isinstance(segment_ids, tuple) or S != T:
-            raise NotImplementedError("with ring_axis, pass segment_ids [B, T] in place of mask; T and S must be equal.")
+        _check_ring_ids(segment_ids, q.shape[0], T * _degree(ring_axis, "ring_axis"))
         out = ring_attention_shard(
-            q_all, k_all, v_all, axis_name=ring_axis, balanced=balanced, segment_ids=segment_ids, **options
+            q_all, k_all, v_all, axis_name=ring_axis, balanced=balanced, segment_ids=cast(Array | None, segment_ids), **options
         )
     out = jnp.pad(cast(Array, out), ((0, 0), (0, degree * q.shape[1] - T), (0, 0), (0, 0)))
     return take_heads(heads_to_seq(out, axis_name), dealing.slots)
@@ -205,6 +206,7 @@ def ulysses_attention(
     batch_axes = _axes(batch_axes)
     check_heads(q, k, v)
     _check_axes(mesh, seq_axis, batch_axes, head_axis, ring_axis)
+    _check_ring(ring_axis, balanced=balanced, segment_ids=segment_ids, mask=mask)
     _check_sizes(q, k, mesh, seq_axis, batch_axes, head_axis, ring_axis)
     is_causal, scale, logits_soft_cap = check_options(is_causal, scale, logits_soft_cap, implementation)
     if segment_ids is not None:  # checks the shapes here, where the whole sizes are known
@@ -399,19 +401,20 @@ def attention_fn(mesh: Mesh, **options) -> FlaxAttention:
     options["batch_axes"] = _axes(options.get("batch_axes", (DATA,)))
     attention = FlaxAttention(mesh=mesh, **options)
     _check_axes(mesh, attention.seq_axis, attention.batch_axes, attention.head_axis, attention.ring_axis)
+    _check_ring(attention.ring_axis, balanced=attention.balanced)
     check_options(attention.is_causal, attention.scale, attention.logits_soft_cap, attention.implementation)
     normalize_window(attention.local_window_size)
     return attention
 
 
-def _degree(axis_name: str) -> int:
+def _degree(axis_name: str, argument: str = "axis_name") -> int:
     """P, the size of a mesh axis inside `shard_map`."""
     try:
         return lax.axis_size(axis_name)
     except NameError:
         raise ValueError(
-            f"axis_name is {axis_name!r}, but the code does not run inside a shard_map over a mesh axis of that name. Pass "
-            "axis_name= with your axis inside shard_map, or call ulysses_attention on global arrays."
+            f"{argument} is {axis_name!r}, but the code does not run inside a shard_map over a mesh axis of that name. Pass "
+            f"{argument}= with your axis inside shard_map, or call ulysses_attention on global arrays."
         ) from None
 
 
@@ -466,12 +469,62 @@ def _check_sizes(
         if size % (n := axes_size(mesh, axes)):
             raise ValueError(
                 f"{what} = {size} is not divisible by {n}, the size of mesh axis {' × '.join(axes)}. "
-                + ("Pad it, or use batch_axes=() to keep it whole." if what == "batch B" else "Use a size that divides it.")
+                + {
+                    "batch B": "Pad it, or use batch_axes=() to keep it whole.",
+                    "query heads N": "Use a smaller head_axis, or leave head_axis out.",
+                    "KV heads K": "Repeat them, or leave head_axis out.",
+                }.get(what, "Pad it to a multiple; without ring_axis any length will do.")
             )
+    if ring_axis and q.shape[1] != k.shape[1]:
+        raise NotImplementedError(
+            f"query length T = {q.shape[1]} and key length S = {k.shape[1]} differ; with ring_axis they must be equal. "
+            "Leave ring_axis out."
+        )
 
 
-def _pair(length: int | tuple[int, int]) -> tuple[int, int]:
-    return length if isinstance(length, tuple) else (length, length)
+def _check_ring(ring_axis: str | None, *, balanced: bool, segment_ids: Segments = None, mask: Mask | None = None) -> None:
+    """What goes with a ring and what does not."""
+    if not isinstance(balanced, bool):
+        raise ValueError(f"balanced is {in_words(balanced)}; it must be True or False, known before compiling.")
+    if balanced and ring_axis is None:
+        raise ValueError(
+            "balanced is True, but ring_axis is None; the order is a ring's. Name its axis, or leave balanced out."
+        )
+    if ring_axis is not None and mask is not None:
+        raise NotImplementedError(
+            "mask was given together with ring_axis, where each turn makes masks of its own; pass is_causal, local_window_size "
+            "and segment_ids instead."
+        )
+    if ring_axis is not None and isinstance(segment_ids, tuple):
+        raise NotImplementedError("segment_ids is a pair; with ring_axis it must be one array [B, T], of queries and keys.")
+
+
+def _check_ring_ids(segment_ids: Segments, batch: int, length: int) -> None:
+    if isinstance(segment_ids, Array) and segment_ids.shape != (batch, length):
+        raise ValueError(
+            f"segment_ids is {in_words(segment_ids)}; with ring_axis it must be whole, [B, T] = [{batch}, {length}], in the "
+            "sequence's own order. Gather it once, for all layers."
+        )
+
+
+def _lengths(q: Array, k: Array, degree: int, length: int | tuple[int, int] | None, ring_axis: str | None) -> tuple[int, int]:
+    """(T, S) of the whole sequence, or of a ring's part of it."""
+    most = degree * q.shape[1], degree * k.shape[1]
+    if ring_axis is not None and most[0] != most[1]:
+        raise NotImplementedError(
+            f"q has {q.shape[1]} tokens a device and k {k.shape[1]}; with ring_axis they must be equal. Leave ring_axis out."
+        )
+    if length is None:
+        return most
+    if ring_axis is not None:
+        raise NotImplementedError(f"length is {length!r}, which a ring cannot have; pad T, and mask by segment_ids.")
+    pair = length if isinstance(length, tuple) else (length, length)
+    if len(pair) != 2 or not all(isinstance(n, int | np.integer) and 1 <= n <= m for n, m in zip(pair, most, strict=True)):
+        raise ValueError(
+            f"length is {length!r:.60}; it must be T or (T, S), ints of at most P · T/P = {most[0]} and P · S/P = {most[1]}. "
+            "Leave it out where nothing is padded."
+        )
+    return pair
 
 
 def _whole_ids(ids: Array, local_length: int, length: int, axis_name: str) -> Array:

@@ -14,11 +14,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ulysses_jax import costs
+from ulysses_jax.attention import check_platform
 from ulysses_jax.config import MeshConfig, TrainConfig
 from ulysses_jax.data import Batch, place
-from ulysses_jax.mesh import SEQ, make_mesh
+from ulysses_jax.mesh import make_mesh
 from ulysses_jax.plan import Crossing, ledger
 from ulysses_jax.train import Program, batch_shapes, build
+from ulysses_jax.zero import zero_shardings
 
 __all__ = ["Verdict", "example", "expected_exchange", "shrink", "unplanned", "verify"]
 
@@ -48,7 +50,11 @@ def verify(config: TrainConfig, mesh: Mesh) -> Verdict:
     Args:
       config: a whole run, such as a recipe.
       mesh: `make_mesh` of the config's sizes.
+
+    Raises:
+      ValueError: a mesh that is not the config's, or an implementation that its devices cannot run.
     """
+    check_platform(config.implementation, mesh.devices.flat[0].platform)
     small = shrink(config)
     alone = dataclasses.replace(small, mesh=MeshConfig(), zero_stage=0, accumulation=1)
     one = build(alone, make_mesh(devices=list(mesh.devices.flat[:1])))
@@ -125,13 +131,18 @@ def expected_exchange(config: TrainConfig) -> int:
 
 
 def unplanned(program: Program, crossings: list[Crossing]) -> list[Crossing]:
-    """Gathers of what is neither an integer nor a piece of a parameter: activations, as a rule."""
-    sizes = {math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(program.abstract["params"])}
+    """Gathers of what is neither an integer nor a device's piece of a parameter: activations, as a rule.
+
+    Pieces are those of stage 3, whichever the stage: 1 and 2 gather them too, after the update.
+    """
+    params = program.abstract["params"]
+    at = zero_shardings(params, (), mesh=program.mesh, stage=3)[0]
+    sizes = {math.prod(s.shard_shape(x.shape)) for x, s in zip(jax.tree.leaves(params), jax.tree.leaves(at), strict=True)}
     layers = program.config.model.num_layers
     sizes |= {size // layers for size in sizes}
 
     def planned(crossing: Crossing) -> bool:
-        if crossing.kind != "all-gather" or SEQ not in crossing.axes:
+        if crossing.kind != "all-gather":
             return True
         return all(dtype[0] in "sup" or math.prod(shape) in sizes for dtype, shape in crossing.operands)
 
