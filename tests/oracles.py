@@ -1,6 +1,6 @@
 """Attention as it is defined, in float64 numpy with a dense mask and gradients by hand: what every implementation must equal.
 
-Nothing here is shared with the library: not the mask, not the grouping of heads, not autodiff.
+Nothing here is shared with the library but `BlockMask`, two fields: not the mask, not the grouping of heads, not autodiff.
 """
 
 import dataclasses
@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+
+from ulysses_jax.attention import BlockMask
 
 # Largest relative error against float64.
 TOLERANCE = {
@@ -67,6 +69,11 @@ def dense_mask(length: int, key_length: int, *, is_causal=False, local_window_si
     return sees
 
 
+def dense_blocks(layout, block: int, length: int, key_length: int) -> np.ndarray:
+    """[1 or N, T, S], a layout written out."""
+    return np.kron(np.asarray(layout), np.ones((1, block, block), bool))[:, :length, :key_length]
+
+
 def attention(q, k, v, *, scale=None, logits_soft_cap=None, **mask) -> dict[str, np.ndarray]:
     """`out` [B, T, N, H], and `lse` [B, N, T], the log-sum-exp of the logits; 0 and −inf for a query that sees no key."""
     p, lse, _ = _softmax(q, k, scale, logits_soft_cap, mask)
@@ -98,7 +105,10 @@ def _softmax(q, k, scale, soft_cap, mask) -> tuple[np.ndarray, np.ndarray, np.nd
     if soft_cap is not None:
         bounded = np.tanh(logits / soft_cap)
         logits, slope = soft_cap * bounded, scale * (1 - bounded**2)
-    sees = dense_mask(q.shape[1], k.shape[1], **mask)[:, None]
+    blocks = mask.get("block_mask")
+    sees = dense_mask(q.shape[1], k.shape[1], **{name: x for name, x in mask.items() if name != "block_mask"})[:, None]
+    if blocks is not None:
+        sees = sees & dense_blocks(blocks.layout, blocks.block, q.shape[1], k.shape[1])
     weights = np.where(sees, np.exp(logits), 0)  # logits of the tests are small: no shift is needed
     total = weights.sum(-1)
     with np.errstate(divide="ignore"):
@@ -133,6 +143,10 @@ class Case:
     """"packed": documents one after the other; "scattered": ids in any order; "dead": queries whose id no key carries"""
     logits_soft_cap: float | None = None
     scale: float | None = None
+    block: int | None = dataclasses.field(default=None, repr=False)
+    """tokens in a block of a random layout, if there is to be one …"""
+    layouts: int = dataclasses.field(default=1, repr=False)
+    """… for all heads, or as many as there are heads"""
 
     def ids(self) -> tuple[np.ndarray, np.ndarray] | None:
         """Segment ids [B, T] and [B, S]."""
@@ -156,10 +170,20 @@ class Case:
         d_lse = rng.standard_normal((self.B, self.N, self.T)).astype("float64" if dtype == "float64" else "float32")
         return {name: x.astype(kind) for name, x in arrays.items()} | {"d_lse": d_lse}
 
+    def block_mask(self) -> BlockMask | None:
+        """Half of the blocks, at random; the last block of queries sees nothing."""
+        if self.block is None:
+            return None
+        blocks = -(-self.T // self.block), -(-(self.S or self.T) // self.block)
+        layout = np.random.default_rng(self.block).random((self.layouts, *blocks)) < 0.5
+        layout[:, -1] = False
+        return BlockMask(layout, self.block)
+
     def mask_options(self) -> dict[str, Any]:
         """What `make_mask` takes."""
         ids = self.ids()
-        return {
+        blocks = {} if self.block is None else {"block_mask": self.block_mask()}
+        return blocks | {
             "is_causal": self.is_causal,
             "local_window_size": self.local_window_size,
             "segment_ids": None if ids is None else (jnp.asarray(ids[0]), jnp.asarray(ids[1])),

@@ -28,6 +28,10 @@ CASES = {
     "off_the_tile": Case(T=29, is_causal=True, N=4, K=2),
     "dead_rows": Case(segments="dead", is_causal=True),
     "dead_rows_past_the_window": Case(T=40, S=10, local_window_size=(4, 0)),
+    "blocks": Case(T=29, S=43, N=2, block=8),
+    "blocks_per_head": Case(T=40, N=4, K=2, block=8, layouts=4, is_causal=True),
+    "blocks_of_five": Case(T=33, N=2, block=5, layouts=2, segments="scattered", local_window_size=(15, 9)),
+    "blocks_packed": Case(T=96, N=3, K=1, block=16, layouts=3, segments="packed", logits_soft_cap=2.0),
     "everything": Case(
         T=33, S=41, N=6, K=3, is_causal=True, local_window_size=(9, 4), segments="packed", logits_soft_cap=2.0, scale=0.5
     ),
@@ -39,11 +43,12 @@ def door(implementation: str, q, k, v, mask_options: dict, score_options: dict):
 
 
 def in_tiles(q, k, v, mask_options: dict, score_options: dict):
-    """Tiles of 8 queries and 16 keys: several in either direction, and a remainder."""
+    """Tiles of 8 queries and 16 keys, or of as many blocks: several in either direction, and a remainder."""
     mask = make_mask(q.shape[1], k.shape[1], **mask_options)
     scale = score_options["scale"] or q.shape[-1] ** -0.5
     soft_cap = score_options["logits_soft_cap"]
-    return blocked_attention(q, k, v, mask, scale=scale, logits_soft_cap=soft_cap, block_q=8, block_k=16)
+    unit = 5 if mask.blocks is not None and mask.blocks.block == 5 else 8
+    return blocked_attention(q, k, v, mask, scale=scale, logits_soft_cap=soft_cap, block_q=unit, block_k=2 * unit)
 
 
 IMPLEMENTATIONS: dict[str, Callable] = {
@@ -52,7 +57,8 @@ IMPLEMENTATIONS: dict[str, Callable] = {
     "xla_in_tiles": in_tiles,
 }
 # Tiles differ from one tile in the ranges they visit, not in the arithmetic within.
-TILED = ("causal", "window", "scattered", "gqa", "fewer_queries", "fewer_keys", "dead_rows", "everything")
+BLOCKS = tuple(name for name, case in CASES.items() if case.block)
+TILED = ("causal", "window", "scattered", "gqa", "fewer_queries", "fewer_keys", "dead_rows", *BLOCKS, "everything")
 BATTERY = [(x, name) for x in IMPLEMENTATIONS for name in (TILED if x == "xla_in_tiles" else CASES)]
 
 
@@ -76,7 +82,9 @@ def battery_result(implementation: str, name: str) -> dict[str, jax.Array]:
 
 @pytest.mark.parametrize(("implementation", "name"), BATTERY)
 def test_equals_the_oracle(implementation, name):
-    """In the backward, `- d_lse` turned into `+ d_lse`, or the window's `s >= t - left` into `s > t - left`, breaks it."""
+    """In the backward, `- d_lse` turned into `+ d_lse`, or the window's `s >= t - left` into `s > t - left`, breaks it; in
+    `blocks`, a tile that is full in one sequence and counts as full in all.
+    """
     case = CASES[name]
     got = battery_result(implementation, name)
     assert errors_beyond(TOLERANCE["float32"], got, case.expected()) == {}

@@ -23,13 +23,17 @@ from jax.sharding import PartitionSpec
 
 from tests import conftest as conftest  # the same 8 devices when this file is run by itself
 from ulysses_jax import (
+    BlockMask,
     ModelConfig,
     TrainConfig,
     Transformer,
     attention_fn,
+    bigbird_blocks,
     cli,
     dot_product_attention,
+    fixed_blocks,
     heads_to_seq,
+    longformer_blocks,
     make_mask,
     make_mesh,
     recipes,
@@ -104,6 +108,10 @@ def traced(call: Callable[[Any], object]) -> object:
 
 def ids(*shape: int, dtype: Any = jnp.int32) -> Any:
     return jnp.zeros(shape, dtype)
+
+
+def blocks(*shape: int, block: Any = 4, dtype: Any = bool) -> BlockMask:
+    return BlockMask(np.ones(shape, dtype), block)
 
 
 NARROW_MODEL = ModelConfig(vocab_size=32, num_layers=1, embed_dim=8, num_heads=2, num_kv_heads=2, head_dim=4, mlp_dim=8)
@@ -233,6 +241,27 @@ ATTENTION = [
     Row("make_mask of 0 tokens", lambda: make_mask(0), ("query_length is 0", "int ≥ 1", "q.shape[1]")),
     Row("make_mask of an array", lambda: make_mask(a(x())), ("query_length is an array", "q.shape[1]")),
     Row("make_mask of a float", lambda: make_mask(8, a(8.5)), ("key_length is 8.5", "int ≥ 1")),
+    Row("a layout without its block", lambda: attend(block_mask=np.ones((1, 2, 2))), ("block_mask is an array", "a BlockMask")),
+    Row("a layout of floats", lambda: attend(block_mask=blocks(1, 2, 2, dtype=float)), ("float64[1, 2, 2]", "a bool array")),
+    Row("a layout of a list", lambda: attend(block_mask=BlockMask(a([[[1]]]), 8)), ("layout is a list of 1", "np.asarray")),
+    Row("a layout without heads", lambda: attend(block_mask=blocks(2, 2)), ("shape [2, 2]", "[1 or N, 2, 2]", "layout[None]")),
+    Row("a layout of another length", lambda: attend(block_mask=blocks(1, 3, 2)), ("[1, 3, 2]", "T = 8", "[1 or N, 2, 2]")),
+    Row("a layout of other heads", lambda: attend(block_mask=blocks(3, 2, 2)), ("for 3 heads", "N = 4", "one for each")),
+    Row("blocks of 0 tokens", lambda: attend(block_mask=blocks(1, 2, 2, block=0)), ("block is 0", "int ≥ 1", "128")),
+    Row("blocks of 1.5 tokens", lambda: attend(block_mask=blocks(1, 2, 2, block=1.5)), ("block is 1.5", "int ≥ 1")),
+    Row(
+        "mask and block_mask",
+        lambda: attend(mask=make_mask(8), block_mask=blocks(1, 2, 2)),
+        ("together with block_mask", "make_mask"),
+    ),
+    Row(
+        "fixed blocks out of turn",
+        lambda: fixed_blocks(512, global_blocks=3),
+        ("global_blocks is 3", "divide local_blocks = 4"),
+    ),
+    Row("an even window of blocks", lambda: bigbird_blocks(512, window_blocks=2), ("window_blocks is 2", "must be odd")),
+    Row("a negative count of blocks", lambda: bigbird_blocks(512, random_blocks=-1), ("random_blocks is -1", "int ≥ 0")),
+    Row("a global token past the end", lambda: longformer_blocks(8, global_tokens=(8,)), ("global_tokens holds 8", "[0, 8)")),
 ]
 
 MESH = [
@@ -353,6 +382,13 @@ MESH = [
         "heads_to_seq without heads",
         lambda: on_shards(lambda q: heads_to_seq(q, "seq"), x()[:, :, 0]),
         ("[2, 2, 8]", "must be [B, T, N/P, H]"),
+    ),
+    Row("a layout of other heads, on a mesh", lambda: attend_on_mesh(block_mask=blocks(2, 2, 2)), ("for 2 heads", "N = 4")),
+    Row(
+        "block_mask on a ring",
+        lambda: attend_on_mesh(block_mask=blocks(1, 2, 2), ring_axis="data", batch_axes=()),
+        ("block_mask was given with ring_axis = 'data'", "leave ring_axis out"),
+        error=NotImplementedError,
     ),
 ]
 

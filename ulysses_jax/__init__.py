@@ -1,6 +1,10 @@
 """Training Transformers on extremely long sequences in JAX: DeepSpeed-Ulysses with `shard_map`, ZeRO by named shardings."""
 
+from ulysses_jax.attention import BlockMask as BlockMask
+from ulysses_jax.attention import bigbird_blocks as bigbird_blocks
 from ulysses_jax.attention import dot_product_attention as dot_product_attention
+from ulysses_jax.attention import fixed_blocks as fixed_blocks
+from ulysses_jax.attention import longformer_blocks as longformer_blocks
 from ulysses_jax.attention import make_mask as make_mask
 from ulysses_jax.config import ModelConfig as ModelConfig
 from ulysses_jax.config import TrainConfig as TrainConfig

@@ -28,9 +28,11 @@ from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ulysses_jax.attention import (
+    BlockMask,
     Mask,
     Segments,
     Window,
+    check_block_mask,
     check_heads,
     check_mask,
     check_options,
@@ -40,7 +42,7 @@ from ulysses_jax.attention import (
     normalize_window,
     pair_of_ids,
 )
-from ulysses_jax.config import deal_heads
+from ulysses_jax.config import Dealing, deal_heads
 from ulysses_jax.mesh import DATA, SEQ, axes_size
 from ulysses_jax.ring import ring_attention_shard
 
@@ -94,6 +96,7 @@ def ulysses_attention_shard(
     local_window_size: Window = None,
     segment_ids: Segments = None,
     logits_soft_cap: float | None = None,
+    block_mask: BlockMask | None = None,
     mask: Mask | None = None,
     implementation: str | None = None,
     deterministic: bool = False,
@@ -113,6 +116,8 @@ def ulysses_attention_shard(
       segment_ids: for the whole sequence, [B, T] (or a pair with [B, S]), the same on every device of the axis; or this
         device's part, [B, T/P], which is then gathered (integers only). Hand over whole ids, or `mask`, to gather once for
         all layers.
+      block_mask: for the whole sequence, with one layout, or one for each of the N heads of q here; each device takes those of
+        the heads it is dealt.
       mask: a `make_mask` result for the whole sequence.
       length: T, or (T, S), where P does not divide them and the last devices' parts are padded; pads are cut off before
         attention, and come out as zeros.
@@ -139,13 +144,28 @@ def ulysses_attention_shard(
     options = {"is_causal": is_causal, "scale": scale, "local_window_size": local_window_size}
     options |= {"logits_soft_cap": logits_soft_cap, "implementation": implementation}
     if ring_axis is None:
+        if block_mask is not None:
+            check_block_mask(block_mask, T, S, q.shape[2])
+            block_mask = _of_my_heads(block_mask, dealing, axis_name)
+        if isinstance(mask, Mask) and mask.blocks is not None:
+            check_block_mask(mask.blocks, mask.query_length, mask.key_length, q.shape[2])
+            mask = dataclasses.replace(mask, blocks=_of_my_heads(mask.blocks, dealing, axis_name))
         if segment_ids is not None:
             pair = zip(pair_of_ids(segment_ids), (q, k), (T, S), strict=True)
             segment_ids = tuple(_whole_ids(ids, x.shape[1], size, axis_name) for ids, x, size in pair)  # pyright: ignore[reportAssignmentType]
         out = dot_product_attention(
-            q_all, k_all, v_all, segment_ids=segment_ids, mask=mask, deterministic=deterministic, **options
+            q_all,
+            k_all,
+            v_all,
+            segment_ids=segment_ids,
+            block_mask=block_mask,
+            mask=mask,
+            deterministic=deterministic,
+            **options,
         )
     else:
+        if block_mask is not None:
+            raise NotImplementedError(f"block_mask was given with ring_axis = {ring_axis!r}; leave ring_axis out.")
         _check_ring_ids(segment_ids, q.shape[0], T * _degree(ring_axis, "ring_axis"))
         out = ring_attention_shard(
             q_all, k_all, v_all, axis_name=ring_axis, balanced=balanced, segment_ids=cast(Array | None, segment_ids), **options
@@ -165,6 +185,7 @@ def ulysses_attention(
     local_window_size: Window = None,
     segment_ids: Segments = None,
     logits_soft_cap: float | None = None,
+    block_mask: BlockMask | None = None,
     mask: Mask | None = None,
     implementation: str | None = None,
     deterministic: bool = False,
@@ -186,7 +207,8 @@ def ulysses_attention(
       batch_axes: the axes that divide B.
       head_axis: an axis that already divides N and K (tensor parallelism), if any.
       segment_ids: [B, T], or ([B, T], [B, S]).
-      mask: a `make_mask` result, in place of `is_causal`, `local_window_size` and `segment_ids`.
+      block_mask: a `BlockMask`, one layout for all heads or one for each of the N; see `dot_product_attention`.
+      mask: a `make_mask` result, in place of `is_causal`, `local_window_size`, `segment_ids` and `block_mask`.
       ring_axis: a second axis that divides T, for degrees beyond the head count; see `ulysses_attention_shard`. T must be a
         multiple of what it and `seq_axis` divide it into.
       balanced: with `ring_axis`, the tokens of q, k and v lie in the order of `mesh.token_order`, which spreads causal work
@@ -211,9 +233,11 @@ def ulysses_attention(
     is_causal, scale, logits_soft_cap = check_options(is_causal, scale, logits_soft_cap, implementation)
     if segment_ids is not None:  # checks the shapes here, where the whole sizes are known
         ids = jax.eval_shape(lambda pair: make_mask(q.shape[1], k.shape[1], segment_ids=pair), pair_of_ids(segment_ids))
-        check_mask(ids, q.shape[0], q.shape[1], k.shape[1])
+        check_mask(ids, q.shape[0], q.shape[1], k.shape[1], q.shape[2])
+    if block_mask is not None:
+        check_block_mask(block_mask, q.shape[1], k.shape[1], q.shape[2])
     if mask is not None:
-        check_mask(mask, q.shape[0], q.shape[1], k.shape[1])
+        check_mask(mask, q.shape[0], q.shape[1], k.shape[1], q.shape[2])
 
     sequence = seq_axis if ring_axis is None else (ring_axis, seq_axis)
     layout = _Layout(mesh, batch_axes or None, sequence, head_axis)
@@ -231,8 +255,9 @@ def ulysses_attention(
     if ring_axis is None:
         options["length"] = (q.shape[1], k.shape[1])
     q, k, v = (_place(x, mesh, layout.given(x)) for x in (q, k, v))
-    segment_ids, mask = jax.tree.map(lambda x: _place(x, mesh, layout.whole), (segment_ids, mask))
-    return _on_mesh(q, k, v, segment_ids, mask, layout=layout, options=tuple(options.items()))
+    masks = segment_ids, block_mask, mask
+    masks = jax.tree.map(lambda x, spec: _place(x, mesh, spec), masks, layout.masks(*masks))
+    return _on_mesh(q, k, v, *masks, layout=layout, options=tuple(options.items()))
 
 
 class _Layout(NamedTuple):
@@ -256,23 +281,38 @@ class _Layout(NamedTuple):
         """How many parts a sequence has."""
         return axes_size(self.mesh, self.sequence if isinstance(self.sequence, tuple) else (self.sequence,))
 
+    def masks(self, segment_ids: Segments, block_mask: BlockMask | None, mask: Mask | None) -> tuple:
+        """The specs of these three, leaf by leaf: all follow the batch, but layouts the heads, if there is one for each."""
+
+        def of(tree):
+            return jax.tree.map(lambda _: self.whole, tree)
+
+        def of_blocks(blocks: BlockMask | None):
+            alike = blocks is None or blocks.layout.shape[0] == 1
+            return jax.tree.map(lambda _: PartitionSpec(None if alike else self.heads), blocks)
+
+        of_mask = of(mask) if mask is None else dataclasses.replace(of(mask), blocks=of_blocks(mask.blocks))
+        return of(segment_ids), of_blocks(block_mask), of_mask
+
     def given(self, x: Array) -> PartitionSpec:
         """Where [B, T, N, H] lies before it is padded: on one part each only if they divide T."""
         return self.tokens if x.shape[1] % self.devices == 0 else PartitionSpec(self.batch, None, self.heads)
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "options"))
-def _on_mesh(q, k, v, segment_ids, mask, *, layout: _Layout, options: tuple) -> Array:
+def _on_mesh(q, k, v, segment_ids, block_mask, mask, *, layout: _Layout, options: tuple) -> Array:
     """The core over global arrays, compiled so that a call outside `jit` runs as one program too."""
     parts = layout.devices
     padded = [jnp.pad(x, ((0, 0), (0, -x.shape[1] % parts), (0, 0), (0, 0))) if x.shape[1] % parts else x for x in (q, k, v)]
     q_parts, k_parts, v_parts = (_place(x, layout.mesh, layout.tokens) for x in padded)
-    out = jax.shard_map(
-        lambda q, k, v, ids, mask: ulysses_attention_shard(q, k, v, segment_ids=ids, mask=mask, **dict(options)),
-        mesh=layout.mesh,
-        in_specs=(layout.tokens, layout.tokens, layout.tokens, layout.whole, layout.whole),
-        out_specs=layout.tokens,
-    )(q_parts, k_parts, v_parts, segment_ids, mask)
+
+    def attend(q, k, v, segment_ids, block_mask, mask) -> Array:
+        return ulysses_attention_shard(q, k, v, segment_ids=segment_ids, block_mask=block_mask, mask=mask, **dict(options))
+
+    masks = segment_ids, block_mask, mask
+    in_specs = (layout.tokens, layout.tokens, layout.tokens, *layout.masks(*masks))
+    on_shards = jax.shard_map(attend, mesh=layout.mesh, in_specs=in_specs, out_specs=layout.tokens)
+    out = on_shards(q_parts, k_parts, v_parts, *masks)
     if q.shape[1] % parts == 0:
         return out
     return _place(out, layout.mesh, layout.given(q))[:, : q.shape[1]]
@@ -313,6 +353,7 @@ class FlaxAttention:
     scale: float | None = None
     local_window_size: Window = None
     logits_soft_cap: float | None = None
+    block_mask: BlockMask | None = None
     implementation: str | None = None
     seq_axis: str = SEQ
     batch_axes: tuple[str, ...] = (DATA,)
@@ -339,6 +380,7 @@ class FlaxAttention:
         local_window_size: Window = None,
         segment_ids: Segments = None,
         logits_soft_cap: float | None = None,
+        block_mask: BlockMask | None = None,
         force_fp32_for_softmax: bool = False,
         qk_attn_weights_einsum=None,
         attn_weights_value_einsum=None,
@@ -362,6 +404,7 @@ class FlaxAttention:
                 "is_causal": is_causal or self.is_causal,
                 "local_window_size": self.local_window_size if local_window_size is None else local_window_size,
                 "segment_ids": segment_ids,
+                "block_mask": self.block_mask if block_mask is None else block_mask,
             }
         )
         return ulysses_attention(
@@ -386,8 +429,8 @@ def attention_fn(mesh: Mesh, **options) -> FlaxAttention:
     """Ulysses attention for `nnx.MultiHeadAttention` and `linen.MultiHeadDotProductAttention`.
 
     `options` are those of `ulysses_attention`. A mask given to the layer must be a `make_mask` result; it replaces
-    `is_causal` and `local_window_size`. Two results with equal options are equal, so a model that holds one is not
-    recompiled.
+    `is_causal`, `local_window_size` and `block_mask`. Two results with equal options are equal, so a model that holds one is
+    not recompiled.
 
     Example:
       >>> layer = nnx.MultiHeadAttention(8, 512, attention_fn=attention_fn(mesh, is_causal=True), decode=False, rngs=rngs)
@@ -525,6 +568,14 @@ def _lengths(q: Array, k: Array, degree: int, length: int | tuple[int, int] | No
             "Leave it out where nothing is padded."
         )
     return pair
+
+
+def _of_my_heads(blocks: BlockMask, dealing: Dealing, axis_name: str) -> BlockMask:
+    """The layouts of the heads that this device is dealt; one layout for all heads as it is."""
+    if blocks.layout.shape[0] == 1:
+        return blocks
+    mine = jnp.asarray(dealing.queries).reshape(_degree(axis_name), -1)[lax.axis_index(axis_name)]
+    return BlockMask(jnp.asarray(blocks.layout)[mine], blocks.block)
 
 
 def _whole_ids(ids: Array, local_length: int, length: int, axis_name: str) -> Array:

@@ -15,23 +15,39 @@ from jax import Array
 
 from ulysses_jax.attention.blocked import blocked_attention, blocked_attention_backward
 from ulysses_jax.attention.hopper import hopper_attention, hopper_attention_backward, hopper_lacks
-from ulysses_jax.attention.masks import Mask, Segments, Window, in_words, make_mask, normalize_window, pair_of_ids
+from ulysses_jax.attention.masks import (
+    BlockMask,
+    Mask,
+    Segments,
+    Window,
+    check_block_mask,
+    in_words,
+    make_mask,
+    normalize_window,
+    pair_of_ids,
+)
 from ulysses_jax.attention.reference import reference_attention
+from ulysses_jax.attention.sparse import bigbird_blocks, fixed_blocks, longformer_blocks
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "BlockMask",
     "Mask",
     "Options",
     "Segments",
     "Window",
     "attend",
     "attend_backward",
+    "bigbird_blocks",
+    "check_block_mask",
     "check_heads",
     "check_mask",
     "check_options",
     "check_platform",
     "dot_product_attention",
+    "fixed_blocks",
     "in_words",
+    "longformer_blocks",
     "make_mask",
     "normalize_window",
     "pair_of_ids",
@@ -52,6 +68,7 @@ def dot_product_attention(
     local_window_size: Window = None,
     segment_ids: Segments = None,
     logits_soft_cap: float | None = None,
+    block_mask: BlockMask | None = None,
     mask: Mask | None = None,
     implementation: str | None = None,
     deterministic: bool = False,
@@ -70,7 +87,8 @@ def dot_product_attention(
       local_window_size: `(left, right)` or one number for both; query t sees t − left ≤ s ≤ t + right.
       segment_ids: [B, T], or ([B, T], [B, S]); a query sees only keys of its own id (packed documents).
       logits_soft_cap: c in c · tanh(logits / c), applied before masking (Gemma 2).
-      mask: a `make_mask` result, in place of `is_causal`, `local_window_size` and `segment_ids`.
+      block_mask: a `BlockMask`, one layout for all heads or one for each: a query sees only the blocks of keys it names.
+      mask: a `make_mask` result, in place of `is_causal`, `local_window_size`, `segment_ids` and `block_mask`.
       implementation: "xla" (any device, memory linear in T), "pallas" (our kernel for Hopper GPUs; elsewhere the best there
         is), "cudnn" (NVIDIA, 16-bit), "reference" (the float32 oracle), or None to choose by the hardware.
       deterministic: the backward gives the same bits every time.
@@ -87,11 +105,18 @@ def dot_product_attention(
     is_causal, scale, logits_soft_cap = check_options(is_causal, scale, logits_soft_cap, implementation)
     if mask is None:
         mask = make_mask(
-            q.shape[1], k.shape[1], is_causal=is_causal, local_window_size=local_window_size, segment_ids=segment_ids
+            q.shape[1],
+            k.shape[1],
+            is_causal=is_causal,
+            local_window_size=local_window_size,
+            segment_ids=segment_ids,
+            block_mask=block_mask,
         )
     elif isinstance(mask, Mask) and (is_causal or local_window_size is not None or segment_ids is not None):
         raise ValueError("mask was given together with is_causal, local_window_size or segment_ids; put them into make_mask.")
-    check_mask(mask, q.shape[0], q.shape[1], k.shape[1])
+    elif isinstance(mask, Mask) and block_mask is not None:
+        raise ValueError("mask was given together with block_mask; put it into make_mask.")
+    check_mask(mask, q.shape[0], q.shape[1], k.shape[1], q.shape[2])
     options = Options(
         float(q.shape[-1] ** -0.5) if scale is None else scale, logits_soft_cap, implementation, deterministic, return_residual
     )
@@ -202,7 +227,7 @@ def check_options(
     return bool(is_causal), *numbers
 
 
-def check_mask(mask: Mask, batch: int, query_length: int, key_length: int) -> None:
+def check_mask(mask: Mask, batch: int, query_length: int, key_length: int, heads: int) -> None:
     """Refuse a mask that did not come from `make_mask`, or was made for other sizes.
 
     Raises:
@@ -222,6 +247,8 @@ def check_mask(mask: Mask, batch: int, query_length: int, key_length: int) -> No
         raise ValueError(
             f"segment_ids are for a batch of {mask.query_ids.shape[0]}, but q has B = {batch}; give one row for each sequence."
         )
+    if mask.blocks is not None:
+        check_block_mask(mask.blocks, query_length, key_length, heads)
 
 
 def check_platform(implementation: str | None, platform: str) -> None:
@@ -250,7 +277,7 @@ def _resolve(q: Array, mask: Mask, options: Options) -> str:
         check_platform(named, platform)
         return named
     if named == "pallas" and any(name in kind for name in HOPPER):
-        if lacking := hopper_lacks(q, mask, options.scale):
+        if lacking := "block_mask" if mask.blocks is not None else hopper_lacks(q, mask, options.scale):
             raise NotImplementedError(f"implementation='pallas' cannot do {lacking}; use implementation='xla'.")
         return named
     chosen = "cudnn" if platform in ("gpu", "cuda") and lacking is None else "xla"
@@ -281,6 +308,8 @@ def _cudnn_lacks(q: Array, mask: Mask, options: Options) -> str | None:
         return f"head size {q.shape[-1]} (only multiples of 8 up to 256)"
     if mask.query_ids is not None:
         return "segment_ids"
+    if mask.blocks is not None:
+        return "block_mask"
     if mask.shift is not None:
         return "pieces of a sequence"
     if options.logits_soft_cap is not None:

@@ -1,23 +1,26 @@
 """Flash attention in plain XLA: memory linear in T, forward and backward, on any device.
 
-Queries are walked in tiles; each visits only the key tiles in its live range (`masks.tile_range`) and keeps a running
-maximum and sum (online softmax, arXiv 1805.02867; FlashAttention, arXiv 2205.14135). The backward recomputes the
-probabilities from the saved log-sum-exp, one key tile at a time, and adds into dQ as it goes: five products a tile.
+Queries are walked in tiles; each visits only the key tiles in its live range (`masks.tile_range`), or those that a block mask
+leaves (`Mask.tile_tables`), and keeps a running maximum and sum (online softmax, arXiv 1805.02867; FlashAttention, arXiv
+2205.14135). The backward recomputes the probabilities from the saved log-sum-exp, one key tile at a time, and adds into dQ
+as it goes: five products a tile.
 """
 
+import dataclasses
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
-from ulysses_jax.attention.masks import Mask, tile_range
+from ulysses_jax.attention.masks import BlockMask, Mask, listed, tile_range
 
 __all__ = ["blocked_attention", "blocked_attention_backward", "varying_like"]
 
-BLOCK = 512  # rows of a tile; large enough for the matrix units, small enough for a cache
+BLOCK, SMALLEST = 512, 128  # rows of a tile, and fewest worth a visit; fit for matrix units, and for a cache
 
 
 class _Options(NamedTuple):
@@ -35,15 +38,15 @@ def blocked_attention(
     *,
     scale: float,
     logits_soft_cap: float | None = None,
-    block_q: int = BLOCK,
-    block_k: int = BLOCK,
+    block_q: int | None = None,
+    block_k: int | None = None,
 ) -> tuple[Array, Array]:
     """softmax(cap(q kᵀ · scale)) v, and the log-sum-exp of the logits; both differentiable.
 
     q [B, T, N, H], k and v [B, S, K, H] → out [B, T, N, H] in q's dtype, lse [B, N, T] in float32 (float64 for float64
     inputs), natural log. A row that sees no key is zero, its lse −inf.
     """
-    options = _Options(scale, logits_soft_cap, min(block_q, q.shape[1]), min(block_k, k.shape[1]))
+    options = _Options(scale, logits_soft_cap, _tile(q, mask, block_q), _tile(k, mask, block_k))
     return _attention(options, q, k, v, mask)
 
 
@@ -60,8 +63,20 @@ def blocked_attention_backward(
     logits_soft_cap: float | None = None,
 ) -> tuple[Array, Array, Array]:
     """The share of these keys in (dQ, dK, dV), where `out` and `lse` may come from more keys than these."""
-    options = _Options(scale, logits_soft_cap, min(BLOCK, q.shape[1]), min(BLOCK, k.shape[1]))
+    options = _Options(scale, logits_soft_cap, _tile(q, mask), _tile(k, mask))
     return _backward(options, q, k, v, mask, out, lse, d_out, jnp.zeros_like(lse))
+
+
+def _tile(x: Array, mask: Mask, rows: int | None = None) -> int:
+    """Rows of a tile of x [B, n, …]; with a block mask a multiple or divisor of its block, and the smaller the sparser."""
+    if mask.blocks is None:
+        return min(rows or BLOCK, x.shape[1])
+    block = mask.blocks.block
+    if rows is None and block <= BLOCK:
+        rows = block * max(1, SMALLEST // block)
+    elif rows is None:
+        rows = next((n for n in range(BLOCK, SMALLEST - 1, -1) if block % n == 0), block)
+    return min(rows, -(-x.shape[1] // block) * block)
 
 
 def varying_like(x: Array, *like: Array) -> Array:
@@ -133,25 +148,77 @@ class _Tiles:
     def einsum(self, equation: str, a: Array, b: Array) -> Array:
         return jnp.einsum(equation, a, b, precision=self.precision, preferred_element_type=self.dtype)
 
-    def logits(self, i: Array, j: Array) -> tuple[Array, Array]:
-        """Capped logits [B, K, G, bq, bk] of query tile i against key tile j, and which of them count."""
+    def logits(self, i: Array, j: Array, full: Array | None) -> tuple[Array, Array]:
+        """Capped logits [B, K, G, bq, bk] of query tile i against key tile j, and which of them count: all if `full`."""
         bq, bk = self.options.block_q, self.options.block_k
         x = self.options.scale * self.einsum("bqkgh,bskh->bkgqs", self.q[i], self.k[j])
         if self.options.soft_cap is not None:
             x = self.options.soft_cap * jnp.tanh(x / self.options.soft_cap)
-        t, s = i * bq + jnp.arange(bq)[:, None], j * bk + jnp.arange(bk)[None, :]
-        return x, self.mask.visible(t, s)[:, None, None]
+
+        def visible() -> Array:
+            t, s = i * bq + jnp.arange(bq)[:, None], j * bk + jnp.arange(bk)[None, :]
+            return self.mask.visible(t, s)[:, :, None]
+
+        if full is None:
+            return x, visible()
+        shape = 1 if self.mask.query_ids is None else self.batch, 1, 1, bq, bk
+        whole = varying_like(jnp.ones(shape, bool), *self.like)
+        return x, lax.cond(full, lambda: whole, lambda: varying_like(visible(), *self.like))
+
+
+class _Walk(NamedTuple):
+    """Which tiles a tile visits: those from `first` to `end`, or those at these places of a list."""
+
+    first: Array
+    end: Array
+    tiles: Array | None = None
+    full: Array | None = None
+
+    @classmethod
+    def of_queries(cls, options: _Options, mask: Mask) -> "_Walk":
+        if mask.blocks is None:
+            return cls(*tile_range(*mask.live_keys(), options.block_q, options.block_k))
+        return cls._listed(*_of_all_sequences(mask, options))
+
+    @classmethod
+    def of_keys(cls, options: _Options, mask: Mask) -> "_Walk":
+        if mask.blocks is None:
+            return cls(*tile_range(*mask.live_queries(), options.block_k, options.block_q))
+        live, full = _of_all_sequences(mask, options)
+        return cls._listed(live.T, full.T)
+
+    @classmethod
+    def _listed(cls, live: Array, full: Array) -> "_Walk":
+        lists = listed(live, full)
+        return cls(jnp.zeros_like(lists.counts), lists.counts, lists.tiles, lists.full)
+
+    def run(self, i: Array, visit: Callable, start):
+        """Fold `visit(j, full, carry)` over the tiles j that tile i visits."""
+
+        def step(n: Array, carry):
+            if self.tiles is None or self.full is None:
+                return visit(n, None, carry)
+            return visit(self.tiles[i, n], self.full[i, n], carry)
+
+        return lax.fori_loop(self.first[i], self.end[i], step, start)
+
+
+def _of_all_sequences(mask: Mask, options: _Options) -> tuple[Array, Array]:
+    """(live, full) tiles [of T, of S] of a layout for all heads, over the batch."""
+    live, full = mask.tile_tables(options.block_q, options.block_k)
+    return live[0].any(0), full[0].all(0)
 
 
 def _forward(options: _Options, q: Array, k: Array, v: Array, mask: Mask) -> tuple[Array, Array]:
-    tiles = _Tiles(options, q, k, v, mask)
-    first, end = tile_range(*mask.live_keys(), options.block_q, options.block_k)
+    if _per_head(mask):
+        return _forward_per_head(options, q, k, v, mask)
+    tiles, walk = _Tiles(options, q, k, v, mask), _Walk.of_queries(options, mask)
     rows = (tiles.batch, tiles.kv_heads, tiles.group, options.block_q)
 
     def one_query_tile(i: Array) -> tuple[Array, Array]:
-        def visit(j, carry):
+        def visit(j, full, carry):
             acc, top, total = carry
-            x, visible = tiles.logits(i, j)
+            x, visible = tiles.logits(i, j, full)
             new_top = jnp.maximum(top, jnp.where(visible, x, -jnp.inf).max(-1))
             safe_top = jnp.where(new_top == -jnp.inf, 0, new_top)
             p = jnp.where(visible, jnp.exp(x - safe_top[..., None]), 0)
@@ -160,7 +227,7 @@ def _forward(options: _Options, q: Array, k: Array, v: Array, mask: Mask) -> tup
             return acc, new_top, total * fade + p.sum(-1)
 
         start = tiles.full((*rows, tiles.head_dim), 0), tiles.full(rows, -jnp.inf), tiles.full(rows, 0)
-        acc, top, total = lax.fori_loop(first[i], end[i], visit, start)
+        acc, top, total = walk.run(i, visit, start)
         seen = total > 0
         safe = jnp.where(seen, total, 1)
         out = jnp.where(seen, 1 / safe, 0)[..., None] * acc
@@ -172,18 +239,19 @@ def _forward(options: _Options, q: Array, k: Array, v: Array, mask: Mask) -> tup
 
 
 def _backward(options: _Options, q, k, v, mask: Mask, out, lse, d_out, d_lse) -> tuple[Array, Array, Array]:
-    tiles = _Tiles(options, q, k, v, mask)
+    if _per_head(mask):
+        return _backward_per_head(options, q, k, v, mask, out, lse, d_out, d_lse)
+    tiles, walk = _Tiles(options, q, k, v, mask), _Walk.of_keys(options, mask)
     dtype = tiles.dtype
-    first, end = tile_range(*mask.live_queries(), options.block_k, options.block_q)
     d_out_tiles = tiles.queries(d_out)
     # dS = P ∘ (dP − delta), where delta = Σ_h dO ∘ O; a cotangent of the log-sum-exp enters as −dLSE.
     delta = jnp.einsum("btnh,btnh->bnt", d_out.astype(dtype), out.astype(dtype)) - d_lse.astype(dtype)
     lse_rows, delta_rows = tiles.rows(jnp.where(lse == -jnp.inf, 0, lse)), tiles.rows(delta)
 
     def one_key_tile(dq: Array, j: Array) -> tuple[Array, tuple[Array, Array]]:
-        def visit(i, carry):
+        def visit(i, full, carry):
             dq, dk, dv = carry
-            x, visible = tiles.logits(i, j)
+            x, visible = tiles.logits(i, j, full)
             p = jnp.where(visible, jnp.exp(x - lse_rows[i][..., None]), 0)
             dv += tiles.einsum("bkgqs,bqkgh->bskh", p.astype(q.dtype), d_out_tiles[i])
             dp = tiles.einsum("bqkgh,bskh->bkgqs", d_out_tiles[i], tiles.v[j])
@@ -196,11 +264,72 @@ def _backward(options: _Options, q, k, v, mask: Mask, out, lse, d_out, d_lse) ->
             return dq, dk, dv
 
         zeros = tiles.full(tiles.k.shape[1:], 0)
-        dq, dk, dv = lax.fori_loop(first[j], end[j], visit, (dq, zeros, zeros))
+        dq, dk, dv = walk.run(j, visit, (dq, zeros, zeros))
         return dq, (dk.astype(k.dtype), dv.astype(v.dtype))
 
     dq, (dk, dv) = lax.scan(one_key_tile, tiles.full(tiles.q.shape, 0), jnp.arange(tiles.num_k))
     return tiles.join_queries(dq).astype(q.dtype), tiles.join_keys(dk), tiles.join_keys(dv)
+
+
+def _per_head(mask: Mask) -> bool:
+    return mask.blocks is not None and mask.blocks.layout.shape[0] > 1
+
+
+class _Heads:
+    """One head after the other, where each has its own list of tiles."""
+
+    def __init__(self, q: Array, k: Array, mask: Mask):
+        self.mask, self.group = mask, q.shape[2] // k.shape[2]
+        self.numbers = jnp.arange(q.shape[2])
+
+    def query(self, x: Array, n: Array) -> Array:
+        """[B, T, N, H] → [B, T, 1, H]."""
+        return lax.dynamic_slice_in_dim(x, n, 1, 2)
+
+    def key(self, x: Array, n: Array) -> Array:
+        """[B, S, K, H] → [B, S, 1, H], of the KV head that query head n reads."""
+        return lax.dynamic_slice_in_dim(x, n // self.group, 1, 2)
+
+    def row(self, x: Array, n: Array) -> Array:
+        """[B, N, T] → [B, 1, T]."""
+        return lax.dynamic_slice_in_dim(x, n, 1, 1)
+
+    def mask_of(self, n: Array) -> Mask:
+        blocks = cast(BlockMask, self.mask.blocks)
+        layout = lax.dynamic_slice_in_dim(jnp.asarray(blocks.layout), n, 1, 0)
+        return dataclasses.replace(self.mask, blocks=BlockMask(layout, blocks.block))
+
+    def join(self, x: Array) -> Array:
+        """[N, B, T, 1, H] → [B, T, N, H]."""
+        return x[:, :, :, 0].transpose(1, 2, 0, 3)
+
+    def gather(self, x: Array) -> Array:
+        """[N, B, S, 1, H] → [B, S, K, H], summed over the query heads that read a KV head."""
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        summed = wide.reshape(-1, self.group, *x.shape[1:]).sum(1)
+        return self.join(summed).astype(x.dtype)
+
+
+def _forward_per_head(options: _Options, q: Array, k: Array, v: Array, mask: Mask) -> tuple[Array, Array]:
+    heads = _Heads(q, k, mask)
+
+    def one_head(n: Array) -> tuple[Array, Array]:
+        return _forward(options, heads.query(q, n), heads.key(k, n), heads.key(v, n), heads.mask_of(n))
+
+    out, lse = lax.map(one_head, heads.numbers)
+    return heads.join(out), lse[:, :, 0].swapaxes(0, 1)
+
+
+def _backward_per_head(options: _Options, q, k, v, mask: Mask, out, lse, d_out, d_lse) -> tuple[Array, Array, Array]:
+    heads = _Heads(q, k, mask)
+
+    def one_head(n: Array) -> tuple[Array, Array, Array]:
+        (q_n, out_n, d_out_n), (k_n, v_n) = (heads.query(x, n) for x in (q, out, d_out)), (heads.key(x, n) for x in (k, v))
+        rows = heads.row(lse, n), d_out_n, heads.row(d_lse, n)
+        return _backward(options, q_n, k_n, v_n, heads.mask_of(n), out_n, *rows)
+
+    dq, dk, dv = lax.map(one_head, heads.numbers)
+    return heads.join(dq), heads.gather(dk), heads.gather(dv)
 
 
 def _tiles(x: Array, tile: int) -> Array:

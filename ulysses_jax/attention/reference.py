@@ -26,7 +26,8 @@ def reference_attention(
     logits = scale * jnp.einsum("btkgh,bskh->bkgts", grouped, k.astype(dtype), precision=lax.Precision.HIGHEST)
     if logits_soft_cap is not None:
         logits = logits_soft_cap * jnp.tanh(logits / logits_soft_cap)
-    visible = mask.visible(jnp.arange(T)[:, None], jnp.arange(S)[None, :])[:, None, None]
+    visible = mask.visible(jnp.arange(T)[:, None], jnp.arange(S)[None, :])
+    visible = visible.reshape(visible.shape[0], *((1, 1) if visible.shape[1] == 1 else (K, N // K)), T, S)
     lowest = jnp.finfo(dtype).min
     top = jnp.where(visible, logits, lowest).max(-1, keepdims=True)
     # The mask goes inside: an exp of hidden logits may overflow, and 0 · inf in the backward is NaN.
