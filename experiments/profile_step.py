@@ -4,7 +4,6 @@ python -m experiments.profile_step --recipe gpt-1.2b-32k --implementation pallas
 """
 
 import collections
-import dataclasses
 import gzip
 import json
 import re

@@ -76,10 +76,10 @@ def test_blocks_that_work_off_several_tiles_equal_the_oracle(monkeypatch, option
     """Two blocks for the ten tiles of two heads. Freeing the buffer of queries before the output has left it is a race."""
     monkeypatch.setattr(hopper, "MULTIPROCESSORS", 2)
     case = Case(B=1, T=530, N=2, H=64, **options)
-    q, k, v, *_ = case.arrays("bfloat16").values()
+    q, k, v, *_ = map(jnp.asarray, case.arrays("bfloat16").values())
     mask = make_mask(case.T, **case.mask_options())
     interpret = plgpu.InterpretGPUParams(detect_races=True)
-    out, lse = hopper_attention(*map(jnp.asarray, (q, k, v)), mask, scale=0.125, interpret=interpret)
+    out, lse = hopper_attention(q, k, v, mask, scale=0.125, interpret=interpret)
     want = attention(q, k, v, **case.mask_options(), scale=0.125)
     assert not errors_beyond(OUTPUT, {"out": out}, {"out": want["out"]})
     assert not errors_beyond(1e-5, {"lse": lse}, {"lse": want["lse"]})

@@ -277,7 +277,7 @@ def _resolve(q: Array, mask: Mask, options: Options) -> str:
         check_platform(named, platform)
         return named
     if named == "pallas" and any(name in kind for name in HOPPER):
-        if lacking := "block_mask" if mask.blocks is not None else hopper_lacks(q, mask, options.scale):
+        if lacking := hopper_lacks(q, mask, options.scale):
             raise NotImplementedError(f"implementation='pallas' cannot do {lacking}; use implementation='xla'.")
         return named
     chosen = "cudnn" if platform in ("gpu", "cuda") and lacking is None else "xla"

@@ -96,6 +96,8 @@ def hopper_lacks(q: Array, mask: Mask, scale: float) -> str | None:
         return f"head size {q.shape[-1]} (only {', '.join(map(str, HEAD_DIMS))})"
     if scale <= 0:
         return f"scale {scale} (it must be > 0)"
+    if mask.blocks is not None and mask.blocks.block % (2 * WARPGROUP_ROWS):
+        return f"blocks of {mask.blocks.block} (only multiples of {2 * WARPGROUP_ROWS})"
     return None
 
 
@@ -121,8 +123,10 @@ def hopper_attention(
       interpret: run on the CPU by Mosaic's interpreter (`plgpu.InterpretGPUParams`); for tests.
     """
     options = _Options(scale, logits_soft_cap, deterministic, interpret)
-    out, lse = _attention(options, *(_pad(x, 1, 8) for x in (q, k, v)), mask)  # TMA wants lengths in eights
-    return out[:, : q.shape[1]], lse[:, :, : q.shape[1]]
+    T = q.shape[1]
+    q, k, v = (_pad(x, 1, 8) for x in (q, k, v))  # TMA wants lengths in eights
+    out, lse = _attention(options, q, k, v, mask)
+    return out[:, :T], lse[:, :, :T]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -189,47 +193,99 @@ def _backward(options: _Options, q, k, v, mask: Mask, out, lse, d_out, d_lse) ->
 class _Walk(NamedTuple):
     """What the kernels read of a mask: for each tile the tiles to walk, and for each row the range it sees.
 
-    A block of threads works off one row of `items`: [blocks, items of a block, 8] int32, each the batch index, the head, the
-    tile, the first and end of the tiles to visit, the first and end of those that hide nothing, and the number of items.
+    A block of threads works off one row of `items`, [blocks, items of a block, 8] int32, each the batch index, the head, the
+    tile, the first and end of its steps, two more, and the number of items. Step i visits tile i, and the two more are the
+    first and end of those tiles that hide nothing; or, with a block mask, the first of them is a row of `lists`, whose entry i
+    is (2 · tile + whether it hides nothing) · heads + head, of `heads` that walk one list.
     """
 
     items: Array
+    lists: Array  # [rows, width] int32; [1, 1] without a block mask
     first: Array  # [B or 1, padded rows] int32
     end: Array
 
     @classmethod
-    def of(cls, rows: tuple[Array, Array], tile: int, step: int, order: np.ndarray, heads: int) -> "_Walk":
-        """`order` [blocks, items of a block]: (batch index · heads + head) · tiles + tile, and −1 where a block has no more."""
+    def of(cls, rows: tuple[Array, Array], tile: int, step: int, order: np.ndarray, heads: int, lists=None) -> "_Walk":
+        """`order` [blocks, items of a block]: (batch index · heads + head) · tiles + tile, and −1 where a block has no more.
+
+        `lists`: codes [1 or heads, 1 or B, tiles, width], and how many count.
+        """
         first, end = (_pad(x.astype(i32), 1, tile) for x in rows)
-        ranges = tile_ranges(*rows, tile, step)
-        count, order = (order >= 0).sum(1, keepdims=True), np.maximum(order, 0)
-        head, index = np.divmod(order, ranges.shape[1])
+        tiles = -(-rows[0].shape[1] // tile)
+        items, order = (order >= 0).sum(1, keepdims=True), np.maximum(order, 0)
+        head, index = np.divmod(order, tiles)
         batch, head = np.divmod(head, heads)
         known = np.stack([batch, head, index], axis=2).astype(np.int32)
-        count = np.broadcast_to(count, order.shape)[..., None].astype(np.int32)
-        found = ranges[known[..., 0] if ranges.shape[0] > 1 else 0, known[..., 2]]
-        return cls(jnp.concatenate([known, found, count], axis=2), first, end)
+        if lists is None:
+            ranges, codes = tile_ranges(*rows, tile, step), jnp.zeros((1, 1), i32)
+            found = ranges[batch if ranges.shape[0] > 1 else 0, index]
+        else:
+            codes, counts = lists
+            row = ((head if codes.shape[0] > 1 else 0) * codes.shape[1] + (batch if codes.shape[1] > 1 else 0)) * tiles + index
+            steps, row = counts.reshape(-1)[row], np.asarray(row, np.int32)
+            found = jnp.stack([jnp.zeros_like(steps), steps, jnp.asarray(row), jnp.zeros_like(steps)], axis=2)
+            codes = codes.reshape(-1, codes.shape[3])
+        items = np.broadcast_to(items, order.shape)[..., None].astype(np.int32)
+        return cls(jnp.concatenate([known, found, items], axis=2), codes, first, end)
 
 
 class _Tile:
     """The scalars of one item: where it lies, which tiles it walks, and whether one of them hides nothing."""
 
-    def __init__(self, items, n):
+    def __init__(self, items, lists, n):
         at = items.at[lax.axis_index("block"), n]
         # Under shard_map a value read is typed as varying while arithmetic on it is not, and a loop wants one type: compute.
         self.batch, self.head, self.index, self.first, self.end, self.full_first, self.full_end = (
             jnp.maximum(at[i], 0) for i in range(7)
         )
+        self.lists = lists if lists.shape[1] > 1 else None
 
-    def is_full(self, j) -> Array:
-        return (j >= self.full_first) & (j < self.full_end)
+    def visit(self, i, heads: int = 1, steps=None) -> tuple[Array, Array, Callable[[], Array]]:
+        """(head, tile, whether it hides nothing) of step i of `steps`, which go from right to left, or from left to right."""
+        if self.lists is not None:
+            code = jnp.maximum(self.lists.at[self.full_first][i], 0)
+            tile = lax.div(code, i32(2 * heads))
+            return lax.rem(code, i32(heads)), tile, lambda: lax.rem(lax.div(code, i32(heads)), i32(2)) == 1
+        nth = lax.div(i, i32(heads))  # heads innermost, so that i is all there is to keep in registers
+        j = self.first + (nth if steps is None else steps - 1 - nth)
+        return lax.rem(i, i32(heads)), j, lambda: (j >= self.full_first) & (j < self.full_end)
 
 
-def _each_item(items, body: Callable, carry):
+def _key_lists(mask: Mask, rows: int, step: int, least: int = 1):
+    """The codes and counts by which tiles of queries walk a block mask; None without one."""
+    if mask.blocks is None:
+        return None
+    tiles, counts, full = mask.block_lists(rows, step)
+    codes = jnp.where(jnp.arange(tiles.shape[3]) < counts[..., None], 2 * tiles + full, 2 * tiles.shape[3])
+    # Past its count a list names a tile past the end, all of which is hidden: `least` of them may be walked.
+    return jnp.pad(codes, ((0, 0), (0, 0), (0, 0), (0, least)), constant_values=2 * tiles.shape[3]), counts
+
+
+def _query_lists(mask: Mask, rows: int, step: int, heads: int, kv_heads: int):
+    """The codes and counts by which tiles of keys walk a block mask, over the queries of all heads that read them."""
+    if mask.blocks is None:
+        return None
+    tiles, counts, full = mask.block_lists_of_keys(rows, step)
+    group = heads // kv_heads
+    codes = 2 * tiles + full
+    if codes.shape[0] > 1:
+        codes, counts = (x.reshape(kv_heads, group, *x.shape[1:]) for x in (codes, counts))
+    else:  # one list for all heads
+        codes, counts = (jnp.broadcast_to(x[:, None], (1, group, *x.shape[1:])) for x in (codes, counts))
+    width = codes.shape[4]
+    listed = jnp.arange(width) < counts[..., None]
+    codes, listed = codes * group + jnp.arange(group)[:, None, None, None], listed
+    joined, listed = (x.transpose(0, 2, 3, 4, 1).reshape(*x.shape[:1], *x.shape[2:4], -1) for x in (codes, listed))
+    packed = jnp.argsort(~listed, axis=-1, stable=True)
+    codes = jnp.take_along_axis(joined, packed, axis=-1).astype(i32)
+    return jnp.pad(codes, ((0, 0), (0, 0), (0, 0), (0, 1))), counts.sum(1)
+
+
+def _each_item(items, lists, body: Callable, carry):
     """`body(n, tile, carry)` for the items of this block; with one a block, without a loop."""
     if items.shape[1] == 1:
-        return body(i32(0), _Tile(items, 0), carry)
-    return lax.fori_loop(i32(0), _count(items), lambda n, carry: body(n, _Tile(items, n), carry), carry)
+        return body(i32(0), _Tile(items, lists, 0), carry)
+    return lax.fori_loop(i32(0), _count(items), lambda n, carry: body(n, _Tile(items, lists, n), carry), carry)
 
 
 @functools.cache
@@ -262,8 +318,8 @@ def _deal(heads: int, tiles: int, bytes_a_head: int, weights: tuple[int, ...], b
 
 
 def _steps_known(mask: Mask, tile: int, step: int) -> tuple[int, ...] | None:
-    """For each tile of queries the tiles of keys it walks, where that is known before the arrays are: without documents."""
-    if mask.query_ids is not None or mask.shift is not None:
+    """For each tile of queries the tiles of keys it walks, where that is known beforehand: without documents and blocks."""
+    if mask.query_ids is not None or mask.shift is not None or mask.blocks is not None:
         return None
     left, right = mask.window or (mask.key_length + mask.query_length,) * 2
     start = np.arange(0, mask.query_length, tile)
@@ -287,27 +343,26 @@ def _forward(options: _Options, q: Array, k: Array, v: Array, mask: Mask) -> tup
     tilings = HEAD_DIMS[H]
     block, stages, registers = tilings.forward
     rows = 2 * WARPGROUP_ROWS
+    # Where only the first tiles walked can be partial, the loop needs no mask at all.
+    partial_loop = mask.window is not None or mask.query_ids is not None
+    masked_steps = pl.cdiv(rows, block) + (rows % block > 0) if mask.is_causal else 1
     tiles = pl.cdiv(T, rows)
     weights = _steps_known(mask, rows, block) if tilings.persistent else None
     dealing = B * N, tiles, 2 * k.nbytes // (B * N)
     order = _order(*dealing, heaviest_last=True) if weights is None else _deal(*dealing, weights, MULTIPROCESSORS)
-    walk = _Walk.of(mask.live_keys(), rows, block, order, N)
+    walk = _Walk.of(mask.live_keys(), rows, block, order, N, _key_lists(mask, rows, block, masked_steps))
     q_slots = min(2, order.shape[1])  # the next item's queries come while this one's are in use
-    # Where only the first tiles walked can be partial, the loop needs no mask at all.
-    partial_loop = mask.window is not None or mask.query_ids is not None
-    masked_steps = pl.cdiv(rows, block) + (rows % block > 0) if mask.is_causal else 1
     broken = (
         jnp.zeros(1, jnp.float32) if mask.contiguous is None else jnp.where(mask.contiguous, 0.0, jnp.nan).astype(jnp.float32)
     )
 
-    def kernel(q_ref, k_ref, v_ref, items, first, end, broken_ref, out_ref, lse_ref, scratch):
+    def kernel(q_ref, k_ref, v_ref, items, lists, first, end, broken_ref, out_ref, lse_ref, scratch):
         q_smem, k_smem, v_smem, q_here, q_free, k_here, v_here, k_free, v_free = scratch
         warpgroup = lax.axis_index("warpgroup")
 
-        def walked(tile: _Tile):
-            """(steps, last tile): from right to left; steps past the end, of tiles that see little, are hidden."""
-            steps = jnp.maximum(tile.end - tile.first, masked_steps)
-            return steps, tile.first + steps - 1
+        def steps_of(tile: _Tile):
+            """How many tiles are walked, from right to left; those past the end, where little is seen, are hidden."""
+            return jnp.maximum(tile.end - tile.first, masked_steps)
 
         def store_and_free(n):
             """The output that left through the buffer of item n's queries is out of it: they may be overwritten."""
@@ -316,21 +371,20 @@ def _forward(options: _Options, q: Array, k: Array, v: Array, mask: Mask) -> tup
 
         def attend(n, tile: _Tile, done):
             batch, head = tile.batch, tile.head
-            steps, last = walked(tile)
+            steps = steps_of(tile)
             base = tile.index * rows + warpgroup * WARPGROUP_ROWS
             q_slot = lax.rem(n, i32(q_slots))
             mine = q_smem.at[q_slot, warpgroup]
             plgpu.barrier_wait(q_here.at[q_slot])
 
-            def softmax(x, top, total, j, hide: bool | None):
+            def softmax(x, top, total, i, hide: bool | None):
                 """Probabilities of one tile in 16 bits, the new running maximum and sum, and the old ones' factor."""
                 if options.soft_cap is not None:
                     x = options.soft_cap * jnp.tanh(x * (options.scale / options.soft_cap))
-                hidden = functools.partial(_hide, first_ref=first, end_ref=end, batch=batch, base=base, column=j * block)
-                if hide:
-                    x = hidden(x)
-                elif hide is None:
-                    x = lax.cond(tile.is_full(j), lambda x: x, hidden, x)
+                if hide is not False:
+                    _, j, full = tile.visit(i, steps=steps)
+                    hidden = functools.partial(_hide, first_ref=first, end_ref=end, batch=batch, base=base, column=j * block)
+                    x = hidden(x) if hide else lax.cond(full(), lambda x: x, hidden, x)
                 new_top = jnp.maximum(top, x.max(axis=1))
                 fade = jnp.exp2((top - new_top) * options.exponent)
                 p = jnp.exp2(x * options.exponent - lax.broadcast_in_dim(new_top * options.exponent, x.shape, [0]))
@@ -357,7 +411,7 @@ def _forward(options: _Options, q: Array, k: Array, v: Array, mask: Mask) -> tup
 
                     x = pl.run_scoped(logits, plgpu.ACC((WARPGROUP_ROWS, block), jnp.float32))
                     plgpu.barrier_arrive(k_free.at[slot])
-                    p_ref[...], top_ref[...], total_ref[...], fade_ref[...] = softmax(x, top, total, last - i, hide)
+                    p_ref[...], top_ref[...], total_ref[...], fade_ref[...] = softmax(x, top, total, i, hide)
 
                 def both_interpreted():
                     def logits(x_ref):
@@ -367,7 +421,7 @@ def _forward(options: _Options, q: Array, k: Array, v: Array, mask: Mask) -> tup
                     x = pl.run_scoped(logits, plgpu.ACC((WARPGROUP_ROWS, block), jnp.float32))
                     plgpu.barrier_arrive(k_free.at[slot])
                     plgpu.barrier_wait(v_here.at[before])
-                    return _product(acc, p, v_smem.at[before]), *softmax(x, top, total, last - i, hide)
+                    return _product(acc, p, v_smem.at[before]), *softmax(x, top, total, i, hide)
 
                 if options.interpret:
                     acc, p, top, total, fade = both_interpreted()
@@ -385,7 +439,7 @@ def _forward(options: _Options, q: Array, k: Array, v: Array, mask: Mask) -> tup
             plgpu.barrier_arrive(k_free.at[slot])
             if q_slots > 1:
                 pl.when(n > 0)(lambda: store_and_free(n - 1))
-            p, top, total, _ = softmax(x, top, total, last, True)
+            p, top, total, _ = softmax(x, top, total, i32(0), True)
             carry = acc, p, top, total
             for i in range(1, 1 if partial_loop else masked_steps):
                 carry = step(jnp.minimum(steps, i), carry, hide=True)
@@ -411,7 +465,7 @@ def _forward(options: _Options, q: Array, k: Array, v: Array, mask: Mask) -> tup
         @pl.when(warpgroup < 2)
         def compute():
             plgpu.set_max_registers(registers[0], action="increase")
-            _each_item(items, attend, i32(0))
+            _each_item(items, lists, attend, i32(0))
             if q_slots > 1:
                 store_and_free(_count(items) - 1)
             plgpu.wait_smem_to_gmem(0)
@@ -421,7 +475,7 @@ def _forward(options: _Options, q: Array, k: Array, v: Array, mask: Mask) -> tup
             plgpu.set_max_registers(registers[1], action="decrease")
 
             def fill_item(n, tile: _Tile, done):
-                steps, last = walked(tile)
+                steps = steps_of(tile)
                 q_slot = lax.rem(n, i32(q_slots))
                 if q_slots > 1:
                     pl.when(n >= q_slots)(lambda: plgpu.barrier_wait(q_free.at[q_slot]))
@@ -432,7 +486,7 @@ def _forward(options: _Options, q: Array, k: Array, v: Array, mask: Mask) -> tup
 
                 def fill(i, _):
                     slot = lax.rem(done + i, i32(stages))
-                    source = (tile.batch, pl.ds((last - i) * block, block), kv_head)
+                    source = (tile.batch, pl.ds(tile.visit(i, steps=steps)[1] * block, block), kv_head)
                     for ref, smem, here, free in ((k_ref, k_smem, k_here, k_free), (v_ref, v_smem, v_here, v_free)):
                         pl.when(done + i >= stages)(functools.partial(plgpu.barrier_wait, free.at[slot]))
                         plgpu.copy_gmem_to_smem(ref.at[source], smem.at[slot], here.at[slot])
@@ -440,7 +494,7 @@ def _forward(options: _Options, q: Array, k: Array, v: Array, mask: Mask) -> tup
                 lax.fori_loop(i32(0), steps, fill, None)
                 return done + steps
 
-            _drain(_each_item(items, fill_item, i32(0)), stages, k_free, v_free)
+            _drain(_each_item(items, lists, fill_item, i32(0)), stages, k_free, v_free)
             if q_slots > 1:
                 _drain(_count(items), q_slots, q_free)
 
@@ -472,13 +526,13 @@ def _queries_kernel(options: _Options, q, k, v, d_out, lse2, delta, mask: Mask) 
     rows = 2 * WARPGROUP_ROWS
     tiles = pl.cdiv(T, rows)
     order = _order(B * N, tiles, 2 * k.nbytes // (B * N), heaviest_last=True)
-    walk = _Walk.of(mask.live_keys(), rows, block, order, N)
+    walk = _Walk.of(mask.live_keys(), rows, block, order, N, _key_lists(mask, rows, block))
     lse2, delta = _pad(lse2, 2, rows, jnp.inf), _pad(delta, 2, rows)
 
-    def kernel(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, items, first, end, dq_ref, scratch):
+    def kernel(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, items, lists, first, end, dq_ref, scratch):
         q_smem, do_smem, k_smem, v_smem, here, k_here, v_here, k_free, v_free = scratch
         warpgroup = lax.axis_index("warpgroup")
-        tile = _Tile(items, 0)
+        tile = _Tile(items, lists, 0)
         batch, head = tile.batch, tile.head
         steps = jnp.maximum(tile.end - tile.first, 0)
 
@@ -494,7 +548,7 @@ def _queries_kernel(options: _Options, q, k, v, d_out, lse2, delta, mask: Mask) 
             plgpu.barrier_wait(here.at[warpgroup])
 
             def step(i, dq):
-                slot, j = lax.rem(i, i32(stages)), tile.first + i
+                slot, (_, j, full) = lax.rem(i, i32(stages)), tile.visit(i)
                 plgpu.barrier_wait(k_here.at[slot])
                 plgpu.barrier_wait(v_here.at[slot])
 
@@ -504,7 +558,7 @@ def _queries_kernel(options: _Options, q, k, v, d_out, lse2, delta, mask: Mask) 
                     x = plgpu.wgmma_accumulator_load(x_ref, wait_n=1)
                     hidden = functools.partial(_hide, first_ref=first, end_ref=end, batch=batch, base=base, column=j * block)
                     spread = lambda row: lax.broadcast_in_dim(row, x.shape, [0])  # noqa: E731
-                    hide = lambda x: lax.cond(tile.is_full(j), lambda x: x, hidden, x)  # noqa: E731
+                    hide = lambda x: lax.cond(full(), lambda x: x, hidden, x)  # noqa: E731
                     p, slope = _probabilities(options, x, lambda: spread(lse), hide)
                     ds = p * (plgpu.wgmma_accumulator_load(dp_ref, wait_n=0) - spread(delta))
                     return (ds if slope is None else ds * slope).astype(q.dtype)
@@ -532,7 +586,7 @@ def _queries_kernel(options: _Options, q, k, v, d_out, lse2, delta, mask: Mask) 
 
             def fill(i, _):
                 slot = lax.rem(i, i32(stages))
-                source = (batch, pl.ds((tile.first + i) * block, block), kv_head)
+                source = (batch, pl.ds(tile.visit(i)[1] * block, block), kv_head)
                 for ref, smem, here, free in ((k_ref, k_smem, k_here, k_free), (v_ref, v_smem, v_here, v_free)):
                     pl.when(i >= stages)(functools.partial(plgpu.barrier_wait, free.at[slot]))
                     plgpu.copy_gmem_to_smem(ref.at[source], smem.at[slot], here.at[slot])
@@ -573,30 +627,28 @@ def _keys_kernel(
     rows = 2 * WARPGROUP_ROWS
     tiles = pl.cdiv(S, rows)
     order = _order(B * K, tiles, 2 * q.nbytes // (B * K))  # causal: the first tile is the heaviest
-    walk = _Walk.of(mask.live_queries(), rows, block, order, K)
+    # Keys past S are rows that see nothing: a tile that has some is never taken for full, as exp2(0 − lse2) may be infinite.
+    seen = tuple(_pad(x, 1, rows) for x in mask.live_queries())
+    walk = _Walk.of(seen, rows, block, order, K, _query_lists(mask, rows, block, N, K))
     lse2, delta = _pad(lse2, 2, block, jnp.inf), _pad(delta, 2, block)
     want_dq, want_dk, want_dv = ("dq" in wanted), ("dk" in wanted), ("dv" in wanted)
     share = want_dq and H > 64
     columns = H // 2 if share else H  # of dQ, a warpgroup's
     interpret = bool(options.interpret)
 
-    def kernel(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, items, first, end, *rest):
+    def kernel(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, items, lists, first, end, *rest):
         refs, scratch = rest[:-1], rest[-1]
         outs = dict(zip([name for name in ("dq", "dk", "dv") if name in wanted], refs, strict=True))
         k_smem, v_smem, k_halves, q_smem, do_smem, lse_smem, delta_smem, ds_smem, dq_smem = scratch[:9]
         kv_here, q_here, do_here, q_free, do_free, met = scratch[9:]
         warpgroup = lax.axis_index("warpgroup")
-        tile = _Tile(items, 0)
+        tile = _Tile(items, lists, 0)
         batch, kv_head = tile.batch, tile.head
-        live = jnp.maximum(tile.end - tile.first, 0)
-
-        def visited(n):
-            """(head, query tile) of step n: heads innermost, so that n is all there is to keep in registers."""
-            return kv_head * group + lax.rem(n, i32(group)), tile.first + lax.div(n, i32(group))
+        steps = jnp.maximum(tile.end - tile.first, 0) * (group if tile.lists is None else 1)
 
         def each_step(step, carry):
             """`step(n, carry)` for the tiles of all heads that read this KV head."""
-            return lax.fori_loop(i32(0), live * group, step, carry)
+            return lax.fori_loop(i32(0), steps, step, carry)
 
         @pl.when(warpgroup < 2)
         def compute():
@@ -606,7 +658,7 @@ def _keys_kernel(
             plgpu.barrier_wait(kv_here)
 
             def step(n, sums):
-                _, i = visited(n)
+                _, i, full = tile.visit(n, group)
                 slot = lax.rem(n, i32(stages))
                 plgpu.barrier_wait(q_here.at[slot])
                 plgpu.barrier_wait(do_here.at[slot])
@@ -618,7 +670,7 @@ def _keys_kernel(
                     x = plgpu.wgmma_accumulator_load(x_ref, wait_n=1 if want_dq or want_dk else 0)
                     hidden = functools.partial(_hide, first_ref=first, end_ref=end, batch=batch, base=base, column=i * block)
                     spread = lambda column: lax.broadcast_in_dim(column, x.shape, [1])  # noqa: E731
-                    hide = lambda x: lax.cond(tile.is_full(i), lambda x: x, hidden, x)  # noqa: E731
+                    hide = lambda x: lax.cond(full(), lambda x: x, hidden, x)  # noqa: E731
                     # Each statistic is loaded just before its use: registers are what this kernel is short of.
                     late = lambda: spread(plgpu.load(lse_smem.at[slot], layout=COLUMNS))  # noqa: E731
                     p, slope = _probabilities(options, x, late, hide)
@@ -656,8 +708,8 @@ def _keys_kernel(
                     plgpu.barrier_arrive(do_free.at[slot])
                     dq_smem.at[warpgroup][...] = dq * options.scale
                     plgpu.commit_smem()
-                    head, i = visited(n)  # again: to keep them over the products would spill registers
-                    target = (batch, pl.ds(i * block, block), head)
+                    head, i, _ = tile.visit(n, group)  # again: to keep them over the products would spill registers
+                    target = (batch, pl.ds(i * block, block), kv_head * group + head)
                     target = (*target, pl.ds(warpgroup * columns, columns)) if share else target
                     if interpret:  # the interpreter cannot add up by TMA: every tile of keys writes a copy of its own
                         target = (tile.index, 0 if share else warpgroup, *target)
@@ -701,7 +753,8 @@ def _keys_kernel(
                 plgpu.copy_gmem_to_smem(k_ref.at[(*keys, pl.ds(half * columns, columns))], k_halves.at[half], kv_here)
 
             def fill(n, _):
-                head, i = visited(n)
+                head, i, _ = tile.visit(n, group)
+                head = kv_head * group + head
                 slot, at = lax.rem(n, i32(stages)), pl.ds(i * block, block)
                 pl.when(n >= stages)(functools.partial(plgpu.barrier_wait, q_free.at[slot]))
                 plgpu.copy_gmem_to_smem(q_ref.at[batch, at, head], q_smem.at[slot], q_here.at[slot])
@@ -711,7 +764,7 @@ def _keys_kernel(
                 plgpu.copy_gmem_to_smem(do_ref.at[batch, at, head], do_smem.at[slot], do_here.at[slot])
 
             each_step(fill, None)
-            _drain(live * group, stages, q_free, do_free)
+            _drain(steps, stages, q_free, do_free)
 
     padded = pl.cdiv(T, block) * block
     outs = {name: jax.ShapeDtypeStruct((B, tiles * rows, K, H), k.dtype) for name in ("dk", "dv") if name in wanted}
