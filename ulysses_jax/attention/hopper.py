@@ -24,7 +24,7 @@ import functools
 import heapq
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -125,7 +125,7 @@ def hopper_attention(
     options = _Options(scale, logits_soft_cap, deterministic, interpret)
     T = q.shape[1]
     q, k, v = (_pad(x, 1, 8) for x in (q, k, v))  # TMA wants lengths in eights
-    out, lse = _attention(options, q, k, v, mask)
+    out, lse = cast(tuple[Array, Array], _attention(options, q, k, v, mask))
     return out[:, :T], lse[:, :, :T]
 
 
