@@ -283,9 +283,12 @@ def test_refuses_block_masks_that_do_not_fit(options, error, message):
         ulysses_attention(x, x, x, mesh=make_mesh(data=2, seq=4), **options)
 
 
-@pytest.mark.parametrize("implementation", ["cudnn", "pallas"])
-def test_an_implementation_that_lacks_block_masks_says_so(implementation, monkeypatch):
+@pytest.mark.parametrize(
+    ("implementation", "block", "lacking"),
+    [("cudnn", 128, "block_mask"), ("pallas", 64, r"blocks of 64 \(only multiples of 128\)")],
+)
+def test_an_implementation_that_lacks_block_masks_says_so(implementation, block, lacking, monkeypatch):
     monkeypatch.setattr("ulysses_jax.attention._device", lambda: ("gpu", "NVIDIA H100 80GB HBM3"))
     x = jnp.zeros((1, 256, 2, 64), jnp.bfloat16)
-    with pytest.raises(NotImplementedError, match=f"'{implementation}' cannot do block_mask.*use implementation='xla'"):
-        dot_product_attention(x, x, x, block_mask=longformer_blocks(256), implementation=implementation)
+    with pytest.raises(NotImplementedError, match=f"'{implementation}' cannot do {lacking}.*use implementation='xla'"):
+        dot_product_attention(x, x, x, block_mask=longformer_blocks(256, block=block), implementation=implementation)

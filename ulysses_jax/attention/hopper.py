@@ -289,25 +289,43 @@ def _each_item(items, lists, body: Callable, carry):
 
 
 @functools.cache
-def _order(heads: int, tiles: int, bytes_a_head: int, *, heaviest_last: bool = False) -> np.ndarray:
+def _order(heads: int, tiles: int, bytes_a_head: int, blocks: int, *, heaviest_last: bool = False) -> np.ndarray:
     """head · tiles + tile, in the order in which the multiprocessors take them: [heads · tiles, 1].
 
     The tiles of some heads side by side, heaviest first. With one head at a time the heavy tiles of the last come late and the
-    GPU runs half empty at the end; with too many at a time, what they read does not stay in the L2 cache.
+    GPU runs half empty at the end; with too many at a time, what they read does not stay in the L2 cache. As many are taken as
+    fit in there, or, if that is less, the fewest that keep `blocks` multiprocessors busy under a causal mask.
     """
     fitting = min(heads, max(1, SHARED_L2 // bytes_a_head))
-    members = max(n for n in range(1, fitting + 1) if heads % n == 0)
+    choices = [n for n in range(1, heads + 1) if heads % n == 0]
+    members = max(n for n in choices if n <= fitting)
+    causal = tuple(range(1, tiles + 1))
+    if heads * tiles <= 64 * blocks:  # with more, the end of the last head is short beside the whole
+        busy = {n: _busy(_side_by_side(heads, tiles, n, True)[:, 0], causal, blocks) for n in choices if n >= members}
+        members = min(n for n, share in busy.items() if share > 0.99 * max(busy.values()))
+    return _side_by_side(heads, tiles, members, heaviest_last)
+
+
+def _side_by_side(heads: int, tiles: int, members: int, heaviest_last: bool) -> np.ndarray:
     order = np.arange(heads * tiles).reshape(-1, members, tiles)
     return (order[:, :, ::-1] if heaviest_last else order).swapaxes(1, 2).reshape(-1, 1)
 
 
+def _busy(order: np.ndarray, weights: tuple[int, ...], blocks: int) -> float:
+    """Which share of the time the multiprocessors work, where each takes the next item when it is done with one."""
+    done = [0] * blocks
+    for item in order.tolist():
+        heapq.heapreplace(done, done[0] + weights[item % len(weights)] + 1)
+    return (sum(weights) + len(weights)) * len(order) / len(weights) / blocks / max(done)
+
+
 @functools.cache
-def _deal(heads: int, tiles: int, bytes_a_head: int, weights: tuple[int, ...], blocks: int) -> np.ndarray:
+def _deal(heads: int, tiles: int, bytes_a_head: int, blocks: int, weights: tuple[int, ...]) -> np.ndarray:
     """`_order`, dealt to as many blocks as run at one time: [blocks, most items of a block], −1 where one has no more.
 
     Each item goes to the block that is done first, where a tile takes as long as it has steps (`weights`), and a little more.
     """
-    order = _order(heads, tiles, bytes_a_head, heaviest_last=True)[:, 0]
+    order = _order(heads, tiles, bytes_a_head, blocks, heaviest_last=True)[:, 0]
     dealt, free = [[] for _ in range(blocks)], [(0, block) for block in range(blocks)]
     for item in order.tolist():
         done, block = free[0]
@@ -348,8 +366,8 @@ def _forward(options: _Options, q: Array, k: Array, v: Array, mask: Mask) -> tup
     masked_steps = pl.cdiv(rows, block) + (rows % block > 0) if mask.is_causal else 1
     tiles = pl.cdiv(T, rows)
     weights = _steps_known(mask, rows, block) if tilings.persistent else None
-    dealing = B * N, tiles, 2 * k.nbytes // (B * N)
-    order = _order(*dealing, heaviest_last=True) if weights is None else _deal(*dealing, weights, MULTIPROCESSORS)
+    dealing = B * N, tiles, 2 * k.nbytes // (B * N), MULTIPROCESSORS
+    order = _order(*dealing, heaviest_last=True) if weights is None else _deal(*dealing, weights)
     walk = _Walk.of(mask.live_keys(), rows, block, order, N, _key_lists(mask, rows, block, masked_steps))
     q_slots = min(2, order.shape[1])  # the next item's queries come while this one's are in use
     broken = (
@@ -525,7 +543,7 @@ def _queries_kernel(options: _Options, q, k, v, d_out, lse2, delta, mask: Mask) 
     block, stages, registers = HEAD_DIMS[H].queries
     rows = 2 * WARPGROUP_ROWS
     tiles = pl.cdiv(T, rows)
-    order = _order(B * N, tiles, 2 * k.nbytes // (B * N), heaviest_last=True)
+    order = _order(B * N, tiles, 2 * k.nbytes // (B * N), MULTIPROCESSORS, heaviest_last=True)
     walk = _Walk.of(mask.live_keys(), rows, block, order, N, _key_lists(mask, rows, block))
     lse2, delta = _pad(lse2, 2, rows, jnp.inf), _pad(delta, 2, rows)
 
@@ -626,7 +644,7 @@ def _keys_kernel(
     block, stages, registers = HEAD_DIMS[H].keys
     rows = 2 * WARPGROUP_ROWS
     tiles = pl.cdiv(S, rows)
-    order = _order(B * K, tiles, 2 * q.nbytes // (B * K))  # causal: the first tile is the heaviest
+    order = _order(B * K, tiles, 2 * q.nbytes // (B * K), MULTIPROCESSORS)  # causal: the first tile is the heaviest
     # Keys past S are rows that see nothing: a tile that has some is never taken for full, as exp2(0 − lse2) may be infinite.
     seen = tuple(_pad(x, 1, rows) for x in mask.live_queries())
     walk = _Walk.of(seen, rows, block, order, K, _query_lists(mask, rows, block, N, K))
