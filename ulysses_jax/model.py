@@ -19,8 +19,9 @@ from flax import nnx
 from jax import Array, lax
 from jax.core import Tracer
 
-from ulysses_jax.attention import Mask, dot_product_attention, in_words
-from ulysses_jax.config import ModelConfig, RopeScaling
+from ulysses_jax.attention import Mask, dot_product_attention, in_words, take_heads
+from ulysses_jax.attention.blocked import varying_like
+from ulysses_jax.config import ModelConfig, RopeScaling, check_chunks, deal_heads
 from ulysses_jax.memory import rematerialize
 
 __all__ = ["Transformer", "apply_rope", "rope_wavelengths"]
@@ -57,10 +58,50 @@ class Attention(nnx.Module):
             self.query_norm, self.key_norm = RMSNorm(H, config.norm_eps), RMSNorm(H, config.norm_eps)
 
     def __call__(self, x: Array, angles: Array, segment_ids: Array | None, mask: Mask | None) -> Array:
+        """[B, T, D] → [B, T, D], in `head_chunks` parts, each recomputed in the backward, so that one exists at a time."""
+        config, groups = self.config, getattr(self.attention, "head_groups", 1)
+        check_chunks(config.head_chunks, config.num_heads, config.num_kv_heads, groups)
+        weights = self._dealt(groups, x)
+        if config.head_chunks == 1:
+            return self._attend(weights, x, angles, segment_ids, mask)
+        keep = jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse")
+        attend = jax.checkpoint(self._attend, policy=keep)
+        parts = {name: jnp.split(w, config.head_chunks, axis=-2 - name.startswith("out")) for name, w in weights.items()}
+        y = jnp.zeros_like(x)
+        for i in range(config.head_chunks):
+            y += attend({name: part[i] for name, part in parts.items()}, x, angles, segment_ids, mask)
+        return y
+
+    def _dealt(self, groups: int, x: Array) -> dict[str, Array]:
+        """The weights as `deal_heads` deals them to G groups: [D, G, n, H], out [G, n, H, D], biases [G, 1, 1, n, H].
+
+        They are dealt rather than what they project, because they are small. A head computed twice has an output weight once.
+        """
         config = self.config
-        q, k, v = (jnp.einsum("btd,dnh->btnh", x, w[...].astype(x.dtype)) for w in (self.query, self.key, self.value))
+        dealing = deal_heads(config.num_heads, config.num_kv_heads, groups)
+        heads = {"query": dealing.queries, "key": dealing.keys, "value": dealing.keys}
+        dealt = {}
+        for name, own in heads.items():
+            w = take_heads(getattr(self, name)[...].astype(x.dtype), own, axis=1)
+            dealt[name] = w.reshape(w.shape[0], groups, -1, w.shape[-1])
+            if config.projection_bias:
+                b = take_heads(getattr(self, f"{name}_bias")[...].astype(x.dtype), own, axis=0)
+                dealt[f"{name}_bias"] = b.reshape(groups, 1, 1, -1, b.shape[-1])
+        out, owner = self.out[...].astype(x.dtype), dict(zip(dealing.slots, range(config.num_heads), strict=True))
+        if len(dealing.queries) > len(owner):
+            out = jnp.concatenate([out, jnp.zeros_like(out[:1])])
+        out = take_heads(out, tuple(owner.get(slot, len(owner)) for slot in range(len(dealing.queries))), axis=0)
+        dealt["out"] = out.reshape(groups, -1, *out.shape[1:])
+        return {name: varying_like(w, x) for name, w in dealt.items()}
+
+    def _attend(
+        self, weights: dict[str, Array], x: Array, angles: Array, segment_ids: Array | None, mask: Mask | None
+    ) -> Array:
+        """What the heads of `weights` add to the layer's output, [B, T, D]; between the projections all is [G, B, T, n, H]."""
+        config = self.config
+        q, k, v = (_project(x, weights[name]) for name in ("query", "key", "value"))
         if config.projection_bias:
-            q, k, v = (y + b[...].astype(y.dtype) for y, b in ((q, self.query_bias), (k, self.key_bias), (v, self.value_bias)))
+            q, k, v = (y + weights[f"{name}_bias"] for y, name in ((q, "query"), (k, "key"), (v, "value")))
         if config.qk_norm:
             q, k = self.query_norm(q), self.key_norm(k)
         q, k = apply_rope(q, angles), apply_rope(k, angles)
@@ -74,8 +115,43 @@ class Attention(nnx.Module):
                 "segment_ids": segment_ids,
             }
         )
-        y = self.attention(q, k, v, logits_soft_cap=config.logits_soft_cap, **options)
-        return jnp.einsum("btnh,nhd->btd", y, self.out[...].astype(x.dtype))
+        options["logits_soft_cap"] = config.logits_soft_cap
+        y = self.attention(q, k, v, **options) if len(q) > 1 else self.attention(q[0], k[0], v[0], **options)[None]
+        return _contract(y, weights["out"])
+
+
+@jax.custom_vjp
+def _project(x: Array, w: Array) -> Array:
+    """[B, T, D] × [D, G, n, H] → [G, B, T, n, H], as G products of which each writes its group in place.
+
+    XLA turns the copies of x into a stride of zero. Its own gradient would be G arrays [B, T, D] to be summed; here it is one
+    product, of a permuted d_y.
+    """
+    return jnp.einsum("gbtd,dgnh->gbtnh", jnp.broadcast_to(x, (w.shape[1], *x.shape)), w)
+
+
+def _project_backward(saved: tuple[Array, Array], d_y: Array) -> tuple[Array, Array]:
+    x, w = saved
+    d_y = jnp.moveaxis(d_y, 0, 2)
+    return jnp.einsum("btgnh,dgnh->btd", d_y, w), jnp.einsum("btd,btgnh->dgnh", x, d_y)
+
+
+_project.defvjp(lambda x, w: (_project(x, w), (x, w)), _project_backward)
+
+
+@jax.custom_vjp
+def _contract(y: Array, w: Array) -> Array:
+    """[G, B, T, n, H] × [G, n, H, D] → [B, T, D], summed over heads and groups at once; its backward is like `_project`."""
+    return jnp.einsum("gbtnh,gnhd->btd", y, w)
+
+
+def _contract_backward(saved: tuple[Array, Array], d_x: Array) -> tuple[Array, Array]:
+    y, w = saved
+    d_x = jnp.broadcast_to(d_x, (len(w), *d_x.shape))
+    return jnp.einsum("gbtd,gnhd->gbtnh", d_x, w), jnp.einsum("gbtnh,gbtd->gnhd", y, d_x)
+
+
+_contract.defvjp(lambda y, w: (_contract(y, w), (y, w)), _contract_backward)
 
 
 class MLP(nnx.Module):
@@ -260,7 +336,7 @@ def _stretch(wavelengths: Array, scaling: RopeScaling) -> Array:
 
 
 def apply_rope(x: Array, angles: Array) -> Array:
-    """Turn the pair (x[i], x[i + H/2]) of each head by its angle; x [B, T, N, H], angles [B or 1, T, H/2], in float32."""
+    """Turn the pair (x[i], x[i + H/2]) of each head by its angle; x […, B, T, N, H], angles [B or 1, T, H/2], in float32."""
     cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
