@@ -9,6 +9,7 @@ Shapes: B batch, T tokens (of this device, where the sequence is divided), D emb
 F mlp_dim, V vocab_size, L layers.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -61,15 +62,18 @@ class Attention(nnx.Module):
         """[B, T, D] → [B, T, D], in `head_chunks` parts, each recomputed in the backward, so that one exists at a time."""
         config, groups = self.config, getattr(self.attention, "head_groups", 1)
         check_chunks(config.head_chunks, config.num_heads, config.num_kv_heads, groups)
-        weights = self._dealt(groups, x)
+        weights, y = self._dealt(groups, x), varying_like(jnp.zeros_like(x), x)
         if config.head_chunks == 1:
-            return self._attend(weights, x, angles, segment_ids, mask)
+            return self._add(weights, x, y, angles, segment_ids, mask)[1]
         keep = jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse")
-        attend = jax.checkpoint(self._attend, policy=keep)
-        parts = {name: jnp.split(w, config.head_chunks, axis=-2 - name.startswith("out")) for name, w in weights.items()}
-        y = jnp.zeros_like(x)
+        add = jax.checkpoint(self._add, policy=keep)
+        chunks = {name: jnp.split(w, config.head_chunks, axis=-3 if name == "out" else -2) for name, w in weights.items()}
+        before = y
         for i in range(config.head_chunks):
-            y += attend({name: part[i] for name, part in parts.items()}, x, angles, segment_ids, mask)
+            own = {name: chunk[i] for name, chunk in chunks.items()}
+            # One chunk may cross while another is attended to; a third waits. So do their gradients, the other way around.
+            x, before, own = lax.optimization_barrier((x, before, own))
+            x, y, before = *add(own, x, y, angles, segment_ids, mask), y
         return y
 
     def _dealt(self, groups: int, x: Array) -> dict[str, Array]:
@@ -94,12 +98,12 @@ class Attention(nnx.Module):
         dealt["out"] = out.reshape(groups, -1, *out.shape[1:])
         return {name: varying_like(w, x) for name, w in dealt.items()}
 
-    def _attend(
-        self, weights: dict[str, Array], x: Array, angles: Array, segment_ids: Array | None, mask: Mask | None
-    ) -> Array:
-        """What the heads of `weights` add to the layer's output, [B, T, D]; between the projections all is [G, B, T, n, H]."""
+    def _add(
+        self, weights: dict[str, Array], x: Array, y: Array, angles: Array, segment_ids: Array | None, mask: Mask | None
+    ) -> tuple[Array, Array]:
+        """x, and y [B, T, D] with what the heads of `weights` add to it; between the projections all is [G, B, T, n, H]."""
         config = self.config
-        q, k, v = (_project(x, weights[name]) for name in ("query", "key", "value"))
+        x, (q, k, v) = _project(x, tuple(weights[name] for name in ("query", "key", "value")))
         if config.projection_bias:
             q, k, v = (y + weights[f"{name}_bias"] for y, name in ((q, "query"), (k, "key"), (v, "value")))
         if config.qk_norm:
@@ -116,42 +120,79 @@ class Attention(nnx.Module):
             }
         )
         options["logits_soft_cap"] = config.logits_soft_cap
-        y = self.attention(q, k, v, **options) if len(q) > 1 else self.attention(q[0], k[0], v[0], **options)[None]
-        return _contract(y, weights["out"])
+        z = self.attention(q, k, v, **options) if len(q) > 1 else self.attention(q[0], k[0], v[0], **options)[None]
+        return x, _contract(y, z, weights["out"])
+
+
+# The output's product contracts groups too, and so does the gradient of the projections. Of two groups it is the sum of two
+# products, the second added to the first in place. Of more, one product of a permuted array: the copy costs less beside what
+# crosses then, and each partial sum is one more rounding.
+SUMMED = 2
+
+
+def _spread(x: Array, groups: int) -> Array:
+    """[B, T, D] → [G, B·T, D], G times the same, which XLA turns into a stride of zero."""
+    return jnp.broadcast_to(x.reshape(-1, x.shape[-1]), (groups, x.size // x.shape[-1], x.shape[-1]))
+
+
+def _flat(y: Array) -> Array:
+    """[G, B, T, n, H] → [G, B·T, n·H]."""
+    return y.reshape(len(y), -1, y.shape[-2] * y.shape[-1])
 
 
 @jax.custom_vjp
-def _project(x: Array, w: Array) -> Array:
-    """[B, T, D] × [D, G, n, H] → [G, B, T, n, H], as G products of which each writes its group in place.
+def _project(x: Array, weights: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
+    """[B, T, D] × each [D, G, n, H] → [G, B, T, n, H], G products in a batch, each of which writes its group in place.
 
-    XLA turns the copies of x into a stride of zero. Its own gradient would be G arrays [B, T, D] to be summed; here it is one
-    product, of a permuted d_y.
+    Also x, for whoever else reads it: its gradient then comes in here and all products are added to it in place. Left to
+    autodiff each would be an array [G, B, T, D].
     """
-    return jnp.einsum("gbtd,dgnh->gbtnh", jnp.broadcast_to(x, (w.shape[1], *x.shape)), w)
+
+    def one(w: Array) -> Array:
+        D, G, n, H = w.shape
+        return jnp.einsum("gtd,dgh->gth", _spread(x, G), w.reshape(D, G, n * H)).reshape(G, *x.shape[:2], n, H)
+
+    return x, tuple(map(one, weights))
 
 
-def _project_backward(saved: tuple[Array, Array], d_y: Array) -> tuple[Array, Array]:
-    x, w = saved
-    d_y = jnp.moveaxis(d_y, 0, 2)
-    return jnp.einsum("btgnh,dgnh->btd", d_y, w), jnp.einsum("btd,btgnh->dgnh", x, d_y)
-
-
-_project.defvjp(lambda x, w: (_project(x, w), (x, w)), _project_backward)
+def _project_backward(saved: tuple[Array, tuple[Array, ...]], gradients: tuple[Array, tuple[Array, ...]]):
+    (x, weights), (d_x, d_ys), d_weights = saved, gradients, []
+    for w, d_y in zip(weights, d_ys, strict=True):
+        D, G, n, H = w.shape
+        if G <= SUMMED:
+            d_w = jnp.einsum("gtd,gth->dgh", _spread(x, G), _flat(d_y))
+            products = [d @ w[:, g].reshape(D, n * H).T for g, d in enumerate(_flat(d_y))]
+        else:
+            d_y = jnp.moveaxis(d_y, 0, 2).reshape(-1, G * n * H)  # written so by RoPE's gradient, where there is one
+            d_w = x.reshape(-1, D).T @ d_y
+            products = [d_y @ w.reshape(D, -1).T]
+        d_weights.append(d_w.reshape(w.shape))
+        for product in products:
+            d_x += product.reshape(x.shape)
+    return d_x, tuple(d_weights)
 
 
 @jax.custom_vjp
-def _contract(y: Array, w: Array) -> Array:
-    """[G, B, T, n, H] × [G, n, H, D] → [B, T, D], summed over heads and groups at once; its backward is like `_project`."""
-    return jnp.einsum("gbtnh,gnhd->btd", y, w)
+def _contract(y: Array, z: Array, w: Array) -> Array:
+    """y [B, T, D] + [G, B, T, n, H] × [G, n, H, D], summed over heads and groups; its gradient writes each group in place."""
+    G, n, H, D = w.shape
+    if G <= SUMMED:
+        products = [z @ w.reshape(n * H, D) for z, w in zip(_flat(z), w, strict=True)]
+    else:
+        products = [jnp.moveaxis(z, 0, 2).reshape(-1, G * n * H) @ w.reshape(-1, D)]
+    return functools.reduce(jnp.add, (product.reshape(y.shape) for product in products), y)
 
 
-def _contract_backward(saved: tuple[Array, Array], d_x: Array) -> tuple[Array, Array]:
-    y, w = saved
-    d_x = jnp.broadcast_to(d_x, (len(w), *d_x.shape))
-    return jnp.einsum("gbtd,gnhd->gbtnh", d_x, w), jnp.einsum("gbtnh,gbtd->gnhd", y, d_x)
+def _contract_backward(saved: tuple[Array, Array], d_y: Array) -> tuple[Array, Array, Array]:
+    z, w = saved
+    G, n, H, D = w.shape
+    spread = _spread(d_y, G)
+    d_z = jnp.einsum("gtd,ghd->gth", spread, w.reshape(G, n * H, D))
+    return d_y, d_z.reshape(z.shape), jnp.einsum("gth,gtd->ghd", _flat(z), spread).reshape(w.shape)
 
 
-_contract.defvjp(lambda y, w: (_contract(y, w), (y, w)), _contract_backward)
+_project.defvjp(lambda x, weights: (_project(x, weights), (x, weights)), _project_backward)
+_contract.defvjp(lambda y, z, w: (_contract(y, z, w), (z, w)), _contract_backward)
 
 
 class MLP(nnx.Module):
