@@ -19,7 +19,17 @@ from tests.oracles import TOLERANCE, Case, attention, errors_beyond, quick_jit, 
 from ulysses_jax.attention import dot_product_attention, make_mask
 from ulysses_jax.config import deal_heads
 from ulysses_jax.mesh import make_mesh
-from ulysses_jax.ulysses import heads_to_seq, seq_to_heads, take_heads, ulysses_attention, ulysses_attention_shard
+from ulysses_jax.ulysses import (
+    group_heads,
+    grouped_heads_to_seq,
+    grouped_seq_to_heads,
+    heads_to_seq,
+    seq_to_heads,
+    take_heads,
+    ulysses_attention,
+    ulysses_attention_shard,
+    ungroup_heads,
+)
 
 TOKENS = PartitionSpec("data", "seq")
 HEADS = PartitionSpec("data", None, "seq")
@@ -55,6 +65,35 @@ def test_heads_to_seq_undoes_seq_to_heads(data, seq):
     for result in (there_and_back, back_and_there):
         np.testing.assert_array_equal(result, x)
     assert there_and_back.sharding.shard_shape(x.shape) == (4 // data, 16 // seq, 8, 3)
+
+
+@pytest.mark.parametrize(("data", "seq"), [(1, 8), (2, 4)])
+def test_grouped_heads_cross_on_the_leading_dim_to_the_same_places(data, seq):
+    """Groups taken with a stride of P, or the batch left behind the senders' dim, break it."""
+    mesh, x = make_mesh(data=data, seq=seq), coded(4, 16, 8, 3)
+    moved = shard_map(lambda x: grouped_seq_to_heads(group_heads(x, seq), "seq"), mesh, TOKENS, HEADS)(x)
+    np.testing.assert_array_equal(moved, x)
+    for shard in moved.addressable_shards:
+        d, p = np.argwhere(mesh.devices == shard.device)[0]
+        rows, heads = 4 // data, 8 // seq
+        np.testing.assert_array_equal(shard.data, x[d * rows : (d + 1) * rows, :, p * heads : (p + 1) * heads])
+
+
+@pytest.mark.parametrize(("data", "seq"), [(1, 8), (2, 4)])
+def test_grouped_heads_to_seq_undoes_grouped_seq_to_heads(data, seq):
+    """Reshaping [B, T] to [P, B, T/P] without moving P to the front breaks it, where B > 1."""
+    mesh, x = make_mesh(data=data, seq=seq), coded(4, 16, 8, 3)
+    back = shard_map(lambda x: ungroup_heads(grouped_heads_to_seq(x, "seq")), mesh, HEADS, TOKENS)(x)
+    np.testing.assert_array_equal(back, x)
+    there = shard_map(lambda x: ungroup_heads(group_heads(x, seq)), mesh, TOKENS, TOKENS)(x)
+    np.testing.assert_array_equal(there, x)
+    both = shard_map(lambda x: grouped_seq_to_heads(grouped_heads_to_seq(x, "seq"), "seq"), mesh, HEADS, HEADS)(x)
+    np.testing.assert_array_equal(both, x)
+
+
+def test_groups_that_are_not_the_devices_are_refused():
+    with pytest.raises(ValueError, match=r"it must be \[P, B, T/P, N/P, H\] with P = 4.*group_heads\(x, 4\) makes it"):
+        shard_map(lambda x: grouped_seq_to_heads(group_heads(x, 2), "seq"), make_mesh(seq=4), TOKENS, HEADS)(coded(4, 16, 8, 3))
 
 
 def test_heads_are_dealt_whole_each_with_the_kv_head_it_reads_and_as_evenly_as_can_be():

@@ -65,8 +65,9 @@ class Attention(nnx.Module):
         weights, y = self._dealt(groups, x), varying_like(jnp.zeros_like(x), x)
         if config.head_chunks == 1:
             return self._add(weights, x, y, angles, segment_ids, mask)[1]
-        keep = jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse")
-        add = jax.checkpoint(self._add, policy=keep)
+        # Where the layer is recomputed as a whole, its chunks keep what the kernel gave then, rather than run it a third time.
+        kept = ("attention_out", "attention_lse") if config.remat != "none" else ()
+        add = jax.checkpoint(self._add, policy=jax.checkpoint_policies.save_only_these_names(*kept))
         chunks = {name: jnp.split(w, config.head_chunks, axis=-3 if name == "out" else -2) for name, w in weights.items()}
         before = y
         for i in range(config.head_chunks):
