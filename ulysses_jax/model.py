@@ -120,8 +120,8 @@ class Attention(nnx.Module):
                 "segment_ids": segment_ids,
             }
         )
-        options["logits_soft_cap"] = config.logits_soft_cap
-        z = self.attention(q, k, v, **options) if len(q) > 1 else self.attention(q[0], k[0], v[0], **options)[None]
+        attend = functools.partial(self.attention, logits_soft_cap=config.logits_soft_cap, **options)
+        z = attend(q, k, v) if len(q) > 1 else attend(q[0], k[0], v[0])[None]
         return x, _contract(y, z, weights["out"])
 
 
