@@ -239,7 +239,30 @@ def check(bench: Bench, mesh: Mesh) -> list[dict]:
     one = dot_product_attention(q, k, v, is_causal=True, implementation=bench.implementation)
     many, one = (np.asarray(x, np.float32) for x in (many, one))
     error = float(np.linalg.norm(many - one) / np.linalg.norm(one))
-    return [record.row(f"attention T={T}", "‖P devices − one‖ / ‖one‖", "1", error)]
+    rows = [record.row(f"attention T={T}", "‖P devices − one‖ / ‖one‖", "1", error)]
+    # Products of groups, whose copies XLA folds into a stride, beside the plain product.
+    (D, H), P, spec = bench.sizes, bench.seq, PartitionSpec()
+    x, w = normal(alone, spec, 1, T, D), normal(alone, spec, D, P, bench.heads // P, H, scale=D**-0.5)
+    w_out = jnp.moveaxis(w, 0, -1)
+
+    def grouped(x, w, w_out):
+        _, (y,) = _project(x, (w,))
+        return _contract(jnp.zeros_like(x), y, w_out)
+
+    def plain(x, w, w_out):
+        return jnp.einsum("btgnh,gnhd->btd", jnp.einsum("btd,dgnh->btgnh", x, w), w_out)
+
+    for name, run in (
+        ("out", lambda f: f),
+        ("dx", lambda f: jax.grad(lambda *given: (f(*given).astype(jnp.float32) ** 2).sum())),
+    ):
+        a, b = (np.asarray(jax.jit(run(f))(x, w, w_out), np.float32) for f in (grouped, plain))
+        rows.append(
+            record.row(
+                f"products of groups, {name}", "relative difference", "1", float(np.linalg.norm(a - b) / np.linalg.norm(b))
+            )
+        )
+    return rows
 
 
 def main(bench: Bench) -> None:

@@ -18,7 +18,7 @@ from ulysses_jax import costs, recipes
 from ulysses_jax.attention import dot_product_attention, make_mask
 from ulysses_jax.config import ModelConfig, RopeScaling
 from ulysses_jax.mesh import make_mesh, token_spec
-from ulysses_jax.model import RMSNorm, Transformer, apply_rope, rope_wavelengths
+from ulysses_jax.model import RMSNorm, Transformer, _each_group, apply_rope, rope_wavelengths
 from ulysses_jax.ulysses import ShardAttention, attention_fn
 
 ONE_LAYER = dataclasses.replace(MODEL, num_layers=1, remat="none")
@@ -309,6 +309,16 @@ def test_heads_in_groups_and_chunks_give_the_gradients_of_one_device(seq, heads,
     assert float(value) == pytest.approx(float(expected), rel=1e-5)
     errors = {name: relative_error(x, by_name(own)[name]) for name, x in by_name(grads).items()}
     assert max(errors.values()) < 1e-5, errors
+
+
+@pytest.mark.parametrize("equation", ["td,dgh->gth", "td,ghd->gth", "td,gth->dgh", "td,gth->ghd"])
+def test_products_of_each_group_in_a_batch_are_those_of_the_whole(equation, monkeypatch):
+    """What runs on GPUs. Copies counted along another dim than "g" break it."""
+    sizes, rng = {"t": 5, "d": 4, "g": 3, "h": 2}, np.random.default_rng(0)
+    x, y = (rng.normal(size=[sizes[dim] for dim in dims]) for dims in equation.split("->")[0].split(","))
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arrays, cuda, default: cuda(*arrays))
+    got = _each_group(equation, jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.float32))
+    assert relative_error(got, np.einsum(equation, x, y)) < 1e-6
 
 
 @pytest.mark.slow

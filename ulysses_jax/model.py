@@ -131,9 +131,18 @@ class Attention(nnx.Module):
 SUMMED = 2
 
 
-def _spread(x: Array, groups: int) -> Array:
-    """[B, T, D] → [G, B·T, D], G times the same, which XLA turns into a stride of zero."""
-    return jnp.broadcast_to(x.reshape(-1, x.shape[-1]), (groups, x.size // x.shape[-1], x.shape[-1]))
+def _each_group(equation: str, x: Array, y: Array) -> Array:
+    """An einsum of x, whose dims are "td", with y, whose dims have a "g" for groups, and the result's too.
+
+    On GPUs each group is a product of a batch, which writes its part in place, and XLA turns the copies of x into a stride of
+    zero. Elsewhere it would make those copies.
+    """
+    copies = y.shape[equation[3:].index("g")]
+
+    def batch(x: Array, y: Array) -> Array:
+        return jnp.einsum(f"g{equation}", jnp.broadcast_to(x, (copies, *x.shape)), y)
+
+    return lax.platform_dependent(x, y, cuda=batch, default=functools.partial(jnp.einsum, equation))
 
 
 def _flat(y: Array) -> Array:
@@ -143,7 +152,7 @@ def _flat(y: Array) -> Array:
 
 @jax.custom_vjp
 def _project(x: Array, weights: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
-    """[B, T, D] × each [D, G, n, H] → [G, B, T, n, H], G products in a batch, each of which writes its group in place.
+    """[B, T, D] × each [D, G, n, H] → [G, B, T, n, H].
 
     Also x, for whoever else reads it: its gradient then comes in here and all products are added to it in place. Left to
     autodiff each would be an array [G, B, T, D].
@@ -151,7 +160,7 @@ def _project(x: Array, weights: tuple[Array, ...]) -> tuple[Array, tuple[Array, 
 
     def one(w: Array) -> Array:
         D, G, n, H = w.shape
-        return jnp.einsum("gtd,dgh->gth", _spread(x, G), w.reshape(D, G, n * H)).reshape(G, *x.shape[:2], n, H)
+        return _each_group("td,dgh->gth", x.reshape(-1, D), w.reshape(D, G, n * H)).reshape(G, *x.shape[:2], n, H)
 
     return x, tuple(map(one, weights))
 
@@ -161,7 +170,7 @@ def _project_backward(saved: tuple[Array, tuple[Array, ...]], gradients: tuple[A
     for w, d_y in zip(weights, d_ys, strict=True):
         D, G, n, H = w.shape
         if G <= SUMMED:
-            d_w = jnp.einsum("gtd,gth->dgh", _spread(x, G), _flat(d_y))
+            d_w = _each_group("td,gth->dgh", x.reshape(-1, D), _flat(d_y))
             products = [d @ w[:, g].reshape(D, n * H).T for g, d in enumerate(_flat(d_y))]
         else:
             d_y = jnp.moveaxis(d_y, 0, 2).reshape(-1, G * n * H)  # written so by RoPE's gradient, where there is one
@@ -187,9 +196,9 @@ def _contract(y: Array, z: Array, w: Array) -> Array:
 def _contract_backward(saved: tuple[Array, Array], d_y: Array) -> tuple[Array, Array, Array]:
     z, w = saved
     G, n, H, D = w.shape
-    spread = _spread(d_y, G)
-    d_z = jnp.einsum("gtd,ghd->gth", spread, w.reshape(G, n * H, D))
-    return d_y, d_z.reshape(z.shape), jnp.einsum("gth,gtd->ghd", _flat(z), spread).reshape(w.shape)
+    flat = d_y.reshape(-1, D)
+    d_z = _each_group("td,ghd->gth", flat, w.reshape(G, n * H, D))
+    return d_y, d_z.reshape(z.shape), _each_group("td,gth->ghd", flat, _flat(z)).reshape(w.shape)
 
 
 _project.defvjp(lambda x, weights: (_project(x, weights), (x, weights)), _project_backward)
