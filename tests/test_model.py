@@ -18,7 +18,7 @@ from ulysses_jax import costs, recipes
 from ulysses_jax.attention import dot_product_attention, make_mask
 from ulysses_jax.config import ModelConfig, RopeScaling
 from ulysses_jax.mesh import make_mesh, token_spec
-from ulysses_jax.model import RMSNorm, Transformer, apply_rope, rope_wavelengths
+from ulysses_jax.model import RMSNorm, Transformer, _each_group, apply_rope, rope_wavelengths
 from ulysses_jax.ulysses import ShardAttention, attention_fn
 
 ONE_LAYER = dataclasses.replace(MODEL, num_layers=1, remat="none")
@@ -275,6 +275,50 @@ def test_positions_go_on_across_shards(seq):
     edges = np.arange(0, LENGTH, LENGTH // seq)
     assert relative_error(logits[:, edges], expected[:, edges]) < 1e-5
     assert relative_error(logits, expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("seq", "heads", "kv_heads", "chunks"),
+    [(2, 8, 2, 1), (4, 8, 4, 1), (8, 8, 2, 1), (4, 6, 2, 1), (1, 8, 4, 2), (2, 8, 4, 2), (2, 6, 6, 3), (4, 20, 4, 1)],
+)
+def test_heads_in_groups_and_chunks_give_the_gradients_of_one_device(seq, heads, kv_heads, chunks):
+    """Groups of two, which are summed, and of more; KV heads replicated, and heads computed twice. Zeros left out of the output
+    weight of a head's copy break it, as do chunks of KV heads paired with another chunk's queries.
+    """
+    config = dataclasses.replace(ONE_LAYER, num_heads=heads, num_kv_heads=kv_heads)
+    one, params = parts(config)
+    many, _ = parts(dataclasses.replace(config, head_chunks=chunks), ShardAttention(implementation="xla"))
+    batch = {name: BATCH[name][:2] for name in ("tokens", "labels", "segment_ids", "positions")}
+
+    def losses(graph):
+        def summed(params, batch):
+            ids = {name: batch[name] for name in ("segment_ids", "positions")}
+            logits = jax.nn.log_softmax(nnx.merge(graph, params)(batch["tokens"], **ids))
+            return -jnp.take_along_axis(logits, batch["labels"][..., None], -1).sum()
+
+        return summed
+
+    def on_mesh(params, batch):
+        return jax.lax.psum(losses(many)(params, batch), ("data", "seq"))
+
+    mesh = make_mesh(seq=seq)
+    specs = {"in_specs": (PartitionSpec(), token_spec(mesh)), "out_specs": PartitionSpec()}
+    divided = jax.shard_map(jax.value_and_grad(on_mesh), mesh=mesh, **specs)
+    value, grads = compiled(divided, params, batch)(params, batch)
+    expected, own = compiled(jax.value_and_grad(losses(one)), params, batch)(params, batch)
+    assert float(value) == pytest.approx(float(expected), rel=1e-5)
+    errors = {name: relative_error(x, by_name(own)[name]) for name, x in by_name(grads).items()}
+    assert max(errors.values()) < 1e-5, errors
+
+
+@pytest.mark.parametrize("equation", ["td,dgh->gth", "td,ghd->gth", "td,gth->dgh", "td,gth->ghd"])
+def test_products_of_each_group_in_a_batch_are_those_of_the_whole(equation, monkeypatch):
+    """What runs on GPUs. Copies counted along another dim than "g" break it."""
+    sizes, rng = {"t": 5, "d": 4, "g": 3, "h": 2}, np.random.default_rng(0)
+    x, y = (rng.normal(size=[sizes[dim] for dim in dims]) for dims in equation.split("->")[0].split(","))
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arrays, cuda, default: cuda(*arrays))
+    got = _each_group(equation, jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.float32))
+    assert relative_error(got, np.einsum(equation, x, y)) < 1e-6
 
 
 @pytest.mark.slow

@@ -477,6 +477,12 @@ CONFIG = [
     Row("a negative window, in a config", lambda: model(local_window_size=-1), ("local_window_size is -1", "at least 0")),
     Row("a cap of 0", lambda: model(logits_soft_cap=0.0), ("model.logits_soft_cap is 0.0", "> 0", "None for no cap")),
     Row("norm_eps of 0", lambda: model(norm_eps=0.0), ("model.norm_eps is 0.0", "must be > 0")),
+    Row("chunks that do not divide KV heads", lambda: model(head_chunks=4), ("model.head_chunks is 4", "Choose one of 1, 2.")),
+    Row(
+        "chunks that do not divide a device's KV heads",
+        lambda: TrainConfig(model=model(head_chunks=2), mesh=MeshConfig(seq=2)),
+        ("model.head_chunks is 2", "the 1 KV heads that each of 2 devices", "Choose one of 1."),
+    ),
     Row("a RoPE that shrinks", lambda: RopeScaling(factor=0.5), ("rope_scaling.factor is 0.5", "at least 1")),
     Row("RoPE's bounds reversed", lambda: RopeScaling(low_freq_factor=9.0), ("9.0", "0 < low < high", "Llama 3.1 uses")),
     Row("a mesh of no data axis", lambda: MeshConfig(data=0), ("mesh.data is 0", "at least 1")),

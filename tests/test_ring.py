@@ -12,12 +12,12 @@ from jax import Array
 
 from tests.oracles import TOLERANCE, Case, dense_mask, errors_beyond, quick_jit
 from tests.trainers import FAST, LENGTH, first_state, hlo, make_batch, take_steps, tiny
-from ulysses_jax import train
-from ulysses_jax.config import MeshConfig
+from ulysses_jax import costs, train
+from ulysses_jax.config import MeshConfig, deal_heads
 from ulysses_jax.data import place
 from ulysses_jax.mesh import make_mesh, token_order
 from ulysses_jax.plan import Crossing, ledger
-from ulysses_jax.ring import live_pairs
+from ulysses_jax.ring import halo_reach, live_pairs
 from ulysses_jax.ulysses import ulysses_attention
 from ulysses_jax.verify import unplanned
 
@@ -28,6 +28,8 @@ CASES = {
     # Documents of about 16 tokens: each spans devices of every ring here, and most turns see nothing.
     "packed_gqa": Case(T=48, N=8, K=2, H=4, segments="packed", is_causal=True, scale=0.7),
     "window_cap": Case(T=48, N=4, K=2, H=4, local_window_size=(9, 4), logits_soft_cap=1.5),
+    "halo": Case(T=48, N=8, K=4, H=4, is_causal=True, local_window_size=(3, 0), segments="packed"),
+    "halo_alone": Case(T=48, N=4, K=2, H=4, is_causal=True, local_window_size=(3, 0), logits_soft_cap=1.5),
 }
 
 
@@ -81,6 +83,35 @@ def test_documents_that_span_devices_with_grouped_heads_equal_the_oracle(shape):
 def test_a_window_that_spans_devices_with_a_soft_cap_equals_the_oracle(shape, balanced):
     """Trap 11; leaving the window out of a turn's mask breaks it."""
     check(shape, "window_cap", balanced=balanced)
+
+
+@pytest.mark.parametrize("name", ["halo", "halo_alone"])
+@pytest.mark.parametrize(("shape", "balanced"), [((1, 4, 2), True), ((1, 2, 4), False), ((2, 2, 2), True), ((1, 1, 8), True)])
+def test_a_window_within_a_chunk_takes_only_the_keys_before_it(shape, balanced, name):
+    """The halo equals the oracle, and what travels is its closed form; nothing goes around.
+
+    A late chunk that takes the early chunk's neighbour breaks it, as does zero in place of the id that no query carries.
+    """
+    check(shape, name, balanced=balanced)
+    case, (data, seq, ring) = CASES[name], shape
+    mesh = make_mesh(data=data, seq=seq, ring=ring)
+    found = [c for c in ledger(hlo(compiled(shape, name, balanced=balanced)), mesh) if c.kind == "collective-permute"]
+    kv = len(deal_heads(case.N, case.K or case.N, seq).keys) // seq
+    elements = costs.halo_elements(kv, case.H, batch_size=case.B // data, reach=3, pieces=2 if balanced else 1)
+    assert sum(c.bytes * c.times for c in found) == 2 * 4 * elements
+    assert {c.axes for c in found} == {("ring",)}
+
+
+def test_a_halo_is_of_windows_to_the_left_that_one_neighbour_holds():
+    """A window one token longer than a chunk, for which the halo would lack a key, breaks it if it is accepted."""
+    causal = functools.partial(halo_reach, is_causal=True)
+    assert causal(12, balanced=False, window=12) == 12
+    assert causal(12, balanced=False, window=13) is None
+    assert causal(12, balanced=True, window=6) == 6
+    assert causal(12, balanced=True, window=7) is None
+    assert causal(12, balanced=True, window=None) is None
+    assert halo_reach(12, balanced=False, is_causal=False, window=(5, 0)) == 5
+    assert halo_reach(12, balanced=False, is_causal=False, window=(5, 1)) is None
 
 
 @pytest.mark.parametrize(("shape", "name"), [((1, 1, 8), "causal"), ((1, 2, 4), "packed_gqa")])

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import dataclasses
 import functools
 import itertools
 import math
@@ -16,10 +17,22 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from tests.oracles import TOLERANCE, Case, attention, errors_beyond, quick_jit, relative_error
+from ulysses_jax import costs, recipes
 from ulysses_jax.attention import dot_product_attention, make_mask
 from ulysses_jax.config import deal_heads
 from ulysses_jax.mesh import make_mesh
-from ulysses_jax.ulysses import heads_to_seq, seq_to_heads, take_heads, ulysses_attention, ulysses_attention_shard
+from ulysses_jax.plan import Crossing, ledger
+from ulysses_jax.ulysses import (
+    group_heads,
+    grouped_heads_to_seq,
+    grouped_seq_to_heads,
+    heads_to_seq,
+    seq_to_heads,
+    take_heads,
+    ulysses_attention,
+    ulysses_attention_shard,
+    ungroup_heads,
+)
 
 TOKENS = PartitionSpec("data", "seq")
 HEADS = PartitionSpec("data", None, "seq")
@@ -55,6 +68,35 @@ def test_heads_to_seq_undoes_seq_to_heads(data, seq):
     for result in (there_and_back, back_and_there):
         np.testing.assert_array_equal(result, x)
     assert there_and_back.sharding.shard_shape(x.shape) == (4 // data, 16 // seq, 8, 3)
+
+
+@pytest.mark.parametrize(("data", "seq"), [(1, 8), (2, 4)])
+def test_grouped_heads_cross_on_the_leading_dim_to_the_same_places(data, seq):
+    """Groups taken with a stride of P, or the batch left behind the senders' dim, break it."""
+    mesh, x = make_mesh(data=data, seq=seq), coded(4, 16, 8, 3)
+    moved = shard_map(lambda x: grouped_seq_to_heads(group_heads(x, seq), "seq"), mesh, TOKENS, HEADS)(x)
+    np.testing.assert_array_equal(moved, x)
+    for shard in moved.addressable_shards:
+        d, p = np.argwhere(mesh.devices == shard.device)[0]
+        rows, heads = 4 // data, 8 // seq
+        np.testing.assert_array_equal(shard.data, x[d * rows : (d + 1) * rows, :, p * heads : (p + 1) * heads])
+
+
+@pytest.mark.parametrize(("data", "seq"), [(1, 8), (2, 4)])
+def test_grouped_heads_to_seq_undoes_grouped_seq_to_heads(data, seq):
+    """Reshaping [B, T] to [P, B, T/P] without moving P to the front breaks it, where B > 1."""
+    mesh, x = make_mesh(data=data, seq=seq), coded(4, 16, 8, 3)
+    back = shard_map(lambda x: ungroup_heads(grouped_heads_to_seq(x, "seq")), mesh, HEADS, TOKENS)(x)
+    np.testing.assert_array_equal(back, x)
+    there = shard_map(lambda x: ungroup_heads(group_heads(x, seq)), mesh, TOKENS, TOKENS)(x)
+    np.testing.assert_array_equal(there, x)
+    both = shard_map(lambda x: grouped_seq_to_heads(grouped_heads_to_seq(x, "seq"), "seq"), mesh, HEADS, HEADS)(x)
+    np.testing.assert_array_equal(both, x)
+
+
+def test_groups_that_are_not_the_devices_are_refused():
+    with pytest.raises(ValueError, match=r"it must be \[P, B, T/P, N/P, H\] with P = 4.*group_heads\(x, 4\) makes it"):
+        shard_map(lambda x: grouped_seq_to_heads(group_heads(x, 2), "seq"), make_mesh(seq=4), TOKENS, HEADS)(coded(4, 16, 8, 3))
 
 
 def test_heads_are_dealt_whole_each_with_the_kv_head_it_reads_and_as_evenly_as_can_be():
@@ -380,6 +422,42 @@ def test_trap_2_the_forward_exchanges_q_k_v_and_the_output():
     text = compiled("packed", 2, 4, gradients=False).as_text()
     assert text is not None
     assert collectives(text) == {"all-to-all": 4}
+
+
+@functools.cache
+def crossings(N: int, K: int, P: int, T: int) -> list[Crossing]:
+    """The ledger of attention's forward and backward, B = 2 and H = 4."""
+    mesh = make_mesh(seq=P)
+    case = Case(B=2, T=T, N=N, K=K, H=4, is_causal=True)
+    attend = functools.partial(ulysses_attention, mesh=mesh, implementation="reference")
+    text = quick_jit(program(case, attend)).lower(*arguments(case)).compile().as_text()
+    assert text is not None
+    return ledger(text, mesh)
+
+
+def exchanged(N: int, K: int, P: int, T: int) -> int:
+    return sum(c.bytes * c.times for c in crossings(N, K, P, T))
+
+
+@pytest.mark.parametrize("P", [2, 4, 8])
+@pytest.mark.parametrize(("N", "K"), [(8, 8), (16, 8), (8, 2), (8, 1), (6, 3)], ids=["mha", "gqa", "kv2", "kv1", "uneven"])
+def test_the_ledger_of_the_exchange_equals_the_closed_form(N, K, P):
+    """Forward and as much again backward; (P−1)/P of it leaves a device. K heads where m are dealt break it for K < P."""
+    config = dataclasses.replace(recipes.tiny(), num_heads=N, num_kv_heads=K, head_dim=4)
+    elements = costs.exchange_elements(config, batch_size=2, seq_len=32, degree=P)
+    found = crossings(N, K, P, 32)
+    assert {(c.kind, c.axes) for c in found} == {("all-to-all", ("seq",))}
+    assert exchanged(N, K, P, 32) == 2 * elements * 4
+    sent = sum(c.bytes_sent(make_mesh(seq=P)) for c in found)
+    assert sent == pytest.approx(exchanged(N, K, P, 32) * (P - 1) / P, rel=1e-12)
+
+
+def test_the_exchange_is_constant_in_t_and_p_together_and_with_fewer_kv_heads_grows_by_their_part():
+    """A gather in place of an all-to-all grows with T for every K."""
+    for N, K in ((8, 8), (16, 8)):
+        assert exchanged(N, K, 2, 16) == exchanged(N, K, 4, 32) == exchanged(N, K, 8, 64)
+    for P, T in ((2, 16), (4, 32), (8, 64)):  # K = 1: queries and output as ever, one KV head of all T tokens to each device
+        assert exchanged(8, 1, P, T) == 2 * 4 * (2 * 2 * T * 4 * (8 // P + 1))
 
 
 X = jnp.zeros((4, 32, 8, 4))

@@ -45,6 +45,7 @@ def test_sequence_parallelism_that_is_silently_off_is_caught(monkeypatch):
         return dot_product_attention(q, k, v, is_causal=True, implementation="xla", **options)
 
     monkeypatch.setattr(ulysses.ShardAttention, "__call__", local)
+    monkeypatch.setattr(ulysses.ShardAttention, "head_groups", 1)
     faults = " | ".join(verdict_of(config(MeshConfig(seq=4))).faults)
     assert "the gradient of layers.attention.query is off" in faults
     assert "all-to-alls carry 0 bytes" in faults

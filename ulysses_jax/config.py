@@ -20,6 +20,7 @@ __all__ = [
     "OptimizerConfig",
     "RopeScaling",
     "TrainConfig",
+    "check_chunks",
     "deal_heads",
     "to_dict",
 ]
@@ -131,6 +132,8 @@ class ModelConfig:
     """of activations and of the weights as used; parameters are float32"""
     remat: Remat = "full"
     """what the backward recomputes: nothing, all but attention, or whole layers"""
+    head_chunks: int = 1
+    """attention in this many parts, by heads, one after the other; divides the KV heads of a device"""
 
     def __post_init__(self):
         _check_types(self, "model.")
@@ -141,6 +144,7 @@ class ModelConfig:
                 f"model.num_kv_heads is {self.num_kv_heads}; it must divide model.num_heads = {self.num_heads}, "
                 "so that each KV head serves as many query heads."
             )
+        check_chunks(self.head_chunks, self.num_heads, self.num_kv_heads, 1, name="model.head_chunks")
         if self.head_dim % 2:
             raise ValueError(f"model.head_dim is {self.head_dim}; it must be even, because RoPE turns pairs.")
         for name in ("rope_theta", "norm_eps"):
@@ -309,6 +313,8 @@ class TrainConfig:
                 f"data.seq_len is {self.data.seq_len}; it must be a multiple of {named}. "
                 f"The nearest above is {-(-self.data.seq_len // parts) * parts}."
             )
+        model = self.model
+        check_chunks(model.head_chunks, model.num_heads, model.num_kv_heads, self.mesh.seq, name="model.head_chunks")
         rows = self.mesh.data * self.accumulation
         if self.data.batch_size % rows:
             raise ValueError(
@@ -354,6 +360,16 @@ def deal_heads(heads: int, kv_heads: int, degree: int) -> Dealing:
                 slots[head] = len(queries)
             queries.append(head)
     return Dealing(tuple(queries), tuple(kv for kv, _ in parts), tuple(slots[head] for head in range(heads)))
+
+
+def check_chunks(chunks: int, heads: int, kv_heads: int, degree: int, *, name: str = "head_chunks") -> None:
+    """Refuse chunks that do not divide the KV heads of each of P devices."""
+    own = len(deal_heads(heads, kv_heads, degree).keys) // degree
+    if chunks < 1 or own % chunks:
+        raise ValueError(
+            f"{name} is {chunks}; it must divide the {own} KV heads that each of {degree} devices along mesh.seq computes. "
+            f"Choose one of {', '.join(str(n) for n in range(1, own + 1) if own % n == 0)}."
+        )
 
 
 def to_dict(config) -> dict:

@@ -10,6 +10,7 @@ from ulysses_jax.config import ModelConfig, deal_heads
 __all__ = [
     "attention_flops",
     "exchange_elements",
+    "halo_elements",
     "parameter_counts",
     "step_flops",
     "visible_pairs",
@@ -78,3 +79,12 @@ def exchange_elements(config: ModelConfig, *, batch_size: int, seq_len: int, deg
 def divided_bytes(leaf_sizes: dict[str, tuple[int, bool]], devices: int, itemsize: int = 4) -> int:
     """Bytes a device for leaves of `name → (size, whether it is divided)`."""
     return sum(itemsize * (math.ceil(size / devices) if divided else size) for size, divided in leaf_sizes.values())
+
+
+def halo_elements(kv_heads: int, head_dim: int, *, batch_size: int, reach: int, pieces: int) -> int:
+    """Elements a device hands to its neighbours in the forward of one windowed layer (`ring.halo_reach`): 2·B·W·K·H a piece.
+
+    Keys and values of the W tokens before each piece, one piece a device or two in the balanced order; K is the device's own KV
+    heads. The backward sends their gradients back, as much again. T does not appear: it is constant however long the sequence.
+    """
+    return 2 * batch_size * reach * kv_heads * head_dim * pieces

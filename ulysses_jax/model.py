@@ -9,6 +9,7 @@ Shapes: B batch, T tokens (of this device, where the sequence is divided), D emb
 F mlp_dim, V vocab_size, L layers.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -19,8 +20,9 @@ from flax import nnx
 from jax import Array, lax
 from jax.core import Tracer
 
-from ulysses_jax.attention import Mask, dot_product_attention, in_words
-from ulysses_jax.config import ModelConfig, RopeScaling
+from ulysses_jax.attention import Mask, dot_product_attention, in_words, take_heads
+from ulysses_jax.attention.blocked import varying_like
+from ulysses_jax.config import ModelConfig, RopeScaling, check_chunks, deal_heads
 from ulysses_jax.memory import rematerialize
 
 __all__ = ["Transformer", "apply_rope", "rope_wavelengths"]
@@ -57,10 +59,54 @@ class Attention(nnx.Module):
             self.query_norm, self.key_norm = RMSNorm(H, config.norm_eps), RMSNorm(H, config.norm_eps)
 
     def __call__(self, x: Array, angles: Array, segment_ids: Array | None, mask: Mask | None) -> Array:
+        """[B, T, D] → [B, T, D], in `head_chunks` parts, each recomputed in the backward, so that one exists at a time."""
+        config, groups = self.config, getattr(self.attention, "head_groups", 1)
+        check_chunks(config.head_chunks, config.num_heads, config.num_kv_heads, groups)
+        weights, y = self._dealt(groups, x), varying_like(jnp.zeros_like(x), x)
+        if config.head_chunks == 1:
+            return self._add(weights, x, y, angles, segment_ids, mask)[1]
+        # Where the layer is recomputed as a whole, its chunks keep what the kernel gave then, rather than run it a third time.
+        kept = ("attention_out", "attention_lse") if config.remat != "none" else ()
+        add = jax.checkpoint(self._add, policy=jax.checkpoint_policies.save_only_these_names(*kept))
+        chunks = {name: jnp.split(w, config.head_chunks, axis=-3 if name == "out" else -2) for name, w in weights.items()}
+        before = y
+        for i in range(config.head_chunks):
+            own = {name: chunk[i] for name, chunk in chunks.items()}
+            # One chunk may cross while another is attended to; a third waits. So do their gradients, the other way around.
+            x, before, own = lax.optimization_barrier((x, before, own))
+            x, y, before = *add(own, x, y, angles, segment_ids, mask), y
+        return y
+
+    def _dealt(self, groups: int, x: Array) -> dict[str, Array]:
+        """The weights as `deal_heads` deals them to G groups: [D, G, n, H], out [G, n, H, D], biases [G, 1, 1, n, H].
+
+        They are dealt rather than what they project, because they are small. A head computed twice has an output weight once.
+        """
         config = self.config
-        q, k, v = (jnp.einsum("btd,dnh->btnh", x, w[...].astype(x.dtype)) for w in (self.query, self.key, self.value))
+        dealing = deal_heads(config.num_heads, config.num_kv_heads, groups)
+        heads = {"query": dealing.queries, "key": dealing.keys, "value": dealing.keys}
+        dealt = {}
+        for name, own in heads.items():
+            w = take_heads(getattr(self, name)[...].astype(x.dtype), own, axis=1)
+            dealt[name] = w.reshape(w.shape[0], groups, -1, w.shape[-1])
+            if config.projection_bias:
+                b = take_heads(getattr(self, f"{name}_bias")[...].astype(x.dtype), own, axis=0)
+                dealt[f"{name}_bias"] = b.reshape(groups, 1, 1, -1, b.shape[-1])
+        out, owner = self.out[...].astype(x.dtype), dict(zip(dealing.slots, range(config.num_heads), strict=True))
+        if len(dealing.queries) > len(owner):
+            out = jnp.concatenate([out, jnp.zeros_like(out[:1])])
+        out = take_heads(out, tuple(owner.get(slot, len(owner)) for slot in range(len(dealing.queries))), axis=0)
+        dealt["out"] = out.reshape(groups, -1, *out.shape[1:])
+        return {name: varying_like(w, x) for name, w in dealt.items()}
+
+    def _add(
+        self, weights: dict[str, Array], x: Array, y: Array, angles: Array, segment_ids: Array | None, mask: Mask | None
+    ) -> tuple[Array, Array]:
+        """x, and y [B, T, D] with what the heads of `weights` add to it; between the projections all is [G, B, T, n, H]."""
+        config = self.config
+        x, (q, k, v) = _project(x, tuple(weights[name] for name in ("query", "key", "value")))
         if config.projection_bias:
-            q, k, v = (y + b[...].astype(y.dtype) for y, b in ((q, self.query_bias), (k, self.key_bias), (v, self.value_bias)))
+            q, k, v = (y + weights[f"{name}_bias"] for y, name in ((q, "query"), (k, "key"), (v, "value")))
         if config.qk_norm:
             q, k = self.query_norm(q), self.key_norm(k)
         q, k = apply_rope(q, angles), apply_rope(k, angles)
@@ -74,8 +120,89 @@ class Attention(nnx.Module):
                 "segment_ids": segment_ids,
             }
         )
-        y = self.attention(q, k, v, logits_soft_cap=config.logits_soft_cap, **options)
-        return jnp.einsum("btnh,nhd->btd", y, self.out[...].astype(x.dtype))
+        attend = functools.partial(self.attention, logits_soft_cap=config.logits_soft_cap, **options)
+        z = attend(q, k, v) if len(q) > 1 else attend(q[0], k[0], v[0])[None]
+        return x, _contract(y, z, weights["out"])
+
+
+# The output's product contracts groups too, and so does the gradient of the projections. Of two groups it is the sum of two
+# products, the second added to the first in place. Of more, one product of a permuted array: the copy costs less beside what
+# crosses then, and each partial sum is one more rounding.
+SUMMED = 2
+
+
+def _each_group(equation: str, x: Array, y: Array) -> Array:
+    """An einsum of x, whose dims are "td", with y, whose dims have a "g" for groups, and the result's too.
+
+    On GPUs each group is a product of a batch, which writes its part in place, and XLA turns the copies of x into a stride of
+    zero. Elsewhere it would make those copies.
+    """
+    copies = y.shape[equation[3:].index("g")]
+
+    def batch(x: Array, y: Array) -> Array:
+        return jnp.einsum(f"g{equation}", jnp.broadcast_to(x, (copies, *x.shape)), y)
+
+    return lax.platform_dependent(x, y, cuda=batch, default=functools.partial(jnp.einsum, equation))
+
+
+def _flat(y: Array) -> Array:
+    """[G, B, T, n, H] → [G, B·T, n·H]."""
+    return y.reshape(len(y), -1, y.shape[-2] * y.shape[-1])
+
+
+@jax.custom_vjp
+def _project(x: Array, weights: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
+    """[B, T, D] × each [D, G, n, H] → [G, B, T, n, H].
+
+    Also x, for whoever else reads it: its gradient then comes in here and all products are added to it in place. Left to
+    autodiff each would be an array [G, B, T, D].
+    """
+
+    def one(w: Array) -> Array:
+        D, G, n, H = w.shape
+        return _each_group("td,dgh->gth", x.reshape(-1, D), w.reshape(D, G, n * H)).reshape(G, *x.shape[:2], n, H)
+
+    return x, tuple(map(one, weights))
+
+
+def _project_backward(saved: tuple[Array, tuple[Array, ...]], gradients: tuple[Array, tuple[Array, ...]]):
+    (x, weights), (d_x, d_ys), d_weights = saved, gradients, []
+    for w, d_y in zip(weights, d_ys, strict=True):
+        D, G, n, H = w.shape
+        if G <= SUMMED:
+            d_w = _each_group("td,gth->dgh", x.reshape(-1, D), _flat(d_y))
+            products = [d @ w[:, g].reshape(D, n * H).T for g, d in enumerate(_flat(d_y))]
+        else:
+            d_y = jnp.moveaxis(d_y, 0, 2).reshape(-1, G * n * H)  # written so by RoPE's gradient, where there is one
+            d_w = x.reshape(-1, D).T @ d_y
+            products = [d_y @ w.reshape(D, -1).T]
+        d_weights.append(d_w.reshape(w.shape))
+        for product in products:
+            d_x += product.reshape(x.shape)
+    return d_x, tuple(d_weights)
+
+
+@jax.custom_vjp
+def _contract(y: Array, z: Array, w: Array) -> Array:
+    """y [B, T, D] + [G, B, T, n, H] × [G, n, H, D], summed over heads and groups; its gradient writes each group in place."""
+    G, n, H, D = w.shape
+    if G <= SUMMED:
+        products = [z @ w.reshape(n * H, D) for z, w in zip(_flat(z), w, strict=True)]
+    else:
+        products = [jnp.moveaxis(z, 0, 2).reshape(-1, G * n * H) @ w.reshape(-1, D)]
+    return functools.reduce(jnp.add, (product.reshape(y.shape) for product in products), y)
+
+
+def _contract_backward(saved: tuple[Array, Array], d_y: Array) -> tuple[Array, Array, Array]:
+    z, w = saved
+    G, n, H, D = w.shape
+    flat = d_y.reshape(-1, D)
+    d_z = _each_group("td,ghd->gth", flat, w.reshape(G, n * H, D))
+    return d_y, d_z.reshape(z.shape), _each_group("td,gth->ghd", flat, _flat(z)).reshape(w.shape)
+
+
+_project.defvjp(lambda x, weights: (_project(x, weights), (x, weights)), _project_backward)
+_contract.defvjp(lambda y, z, w: (_contract(y, z, w), (z, w)), _contract_backward)
 
 
 class MLP(nnx.Module):
@@ -260,7 +387,7 @@ def _stretch(wavelengths: Array, scaling: RopeScaling) -> Array:
 
 
 def apply_rope(x: Array, angles: Array) -> Array:
-    """Turn the pair (x[i], x[i + H/2]) of each head by its angle; x [B, T, N, H], angles [B or 1, T, H/2], in float32."""
+    """Turn the pair (x[i], x[i + H/2]) of each head by its angle; x […, B, T, N, H], angles [B or 1, T, H/2], in float32."""
     cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -6,6 +6,8 @@ one device, so a turn whose keys a device cannot see costs it no tile.
 
 Of a causal mask the device with the last tokens would do almost all the work. In the balanced order ("zigzag") the sequence
 is cut into 2·R chunks, and device r holds chunks r and 2·R − 1 − r: an early one, which sees little, and a late one.
+
+A layer whose window is no longer than a chunk needs no ring: only the keys just before a chunk travel, once (`_halo`).
 """
 
 import functools
@@ -16,11 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from ulysses_jax.attention import Mask, Options, Window, attend, attend_backward, make_mask
+from ulysses_jax.attention import Mask, Options, Window, attend, attend_backward, make_mask, normalize_window
 from ulysses_jax.attention.blocked import varying_like
 from ulysses_jax.mesh import token_order
 
-__all__ = ["live_pairs", "ring_attention_shard"]
+__all__ = ["halo_reach", "live_pairs", "ring_attention_shard"]
 
 
 def ring_attention_shard(
@@ -53,7 +55,23 @@ def ring_attention_shard(
     """
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     attention = Options(scale, logits_soft_cap, implementation, residual=True)
-    return _ring(_Options(axis_name, balanced, is_causal, local_window_size, attention), q, k, v, segment_ids)
+    options = _Options(axis_name, balanced, is_causal, local_window_size, attention)
+    if (reach := halo_reach(q.shape[1], balanced=balanced, is_causal=is_causal, window=local_window_size)) is not None:
+        return _halo(options, reach, q, k, v, segment_ids)
+    return _ring(options, q, k, v, segment_ids)
+
+
+def halo_reach(held: int, *, balanced: bool, is_causal: bool, window: Window) -> int | None:
+    """How many keys before a piece its queries see, where a neighbour holds them all; None where keys must go around the ring.
+
+    Args:
+      held: tokens of a device, in one piece or, balanced, in two.
+      balanced, is_causal, window: as in `ring_attention_shard`.
+    """
+    both = normalize_window(window)
+    if both is None or not (is_causal or both[1] == 0):
+        return None
+    return both[0] if 1 <= both[0] <= held // (2 if balanced else 1) else None
 
 
 def live_pairs(length: int, size: int, *, balanced: bool, is_causal: bool, window: int | None = None) -> list[int]:
@@ -190,6 +208,45 @@ def _ring_bwd(options: _Options, saved, d_out: Array):
 
 
 _ring.defvjp(_ring_fwd, _ring_bwd)
+
+
+def _halo(options: _Options, reach: int, q: Array, k: Array, v: Array, segment_ids: Array | None) -> Array:
+    """Attention with a window to the left: to each piece come only the `reach` keys before it, from the device that holds them.
+
+    What stands before an early piece is the end of the early piece of the device before; before a late piece, the end of the
+    late piece of the device after, and on the last device the end of its own early one.
+    """
+    turns = _Turns(options._replace(attention=options.attention._replace(residual=False)), q.shape[1], segment_ids)
+    R, B = turns.size, q.shape[0]
+    ids = jnp.zeros((B, R * q.shape[1]), jnp.int32) if segment_ids is None else segment_ids.astype(jnp.int32)
+    nothing = jnp.iinfo(jnp.int32).min  # before the sequence's first token stands what no query sees
+    behind = jnp.pad(ids, ((0, 0), (reach, 0)), constant_values=nothing)
+
+    def before(x: Array) -> list[Array]:
+        ends = [piece[:, -reach:] for piece in turns.cut(x)]
+        arriving = [lax.ppermute(ends[0], options.axis, [(r, r + 1) for r in range(R - 1)])]
+        if options.balanced:
+            late = lax.ppermute(ends[1], options.axis, [(r + 1, r) for r in range(R - 1)])
+            arriving.append(jnp.where(turns.mine == R - 1, ends[0], late))
+        return arriving
+
+    outs = []
+    pieces = zip(turns.starts(turns.mine), turns.cut(q), turns.cut(k), before(k), turns.cut(v), before(v), strict=True)
+    for start, queries, keys, keys_before, values, values_before in pieces:
+        mask = make_mask(
+            turns.chunk,
+            reach + turns.chunk,
+            is_causal=options.is_causal,
+            local_window_size=options.window,
+            segment_ids=(
+                lax.dynamic_slice_in_dim(ids, start, turns.chunk, 1),
+                lax.dynamic_slice_in_dim(behind, start, reach + turns.chunk, 1),
+            ),
+            shift=jnp.int32(reach),
+        )
+        keys, values = jnp.concatenate([keys_before, keys], 1), jnp.concatenate([values_before, values], 1)
+        outs.append(attend(queries, keys, values, mask, turns.options.attention)[0])
+    return jnp.concatenate(outs, axis=1)
 
 
 def _merge(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:

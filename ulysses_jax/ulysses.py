@@ -8,6 +8,9 @@
                  │  heads_to_seq
               [B, T/P, N, H]   my tokens, all heads
 
+Heads that lie in P groups, [P, B, T/P, N/P, H], cross on their leading dim (`grouped_seq_to_heads`) without a permutation. A
+model that projects into groups pays for none; arrays in the natural layout are grouped first.
+
 Each device sends 4·T·N·H/P elements a layer (q, k, v and the output, of which (P−1)/P leave it), which stays constant when
 T and P grow together. Inside, attention is that of one device: dense or sparse, any implementation.
 
@@ -41,8 +44,9 @@ from ulysses_jax.attention import (
     make_mask,
     normalize_window,
     pair_of_ids,
+    take_heads,
 )
-from ulysses_jax.config import Dealing, deal_heads
+from ulysses_jax.config import deal_heads
 from ulysses_jax.mesh import DATA, SEQ, axes_size
 from ulysses_jax.ring import ring_attention_shard
 
@@ -50,11 +54,15 @@ __all__ = [
     "FlaxAttention",
     "ShardAttention",
     "attention_fn",
+    "group_heads",
+    "grouped_heads_to_seq",
+    "grouped_seq_to_heads",
     "heads_to_seq",
     "seq_to_heads",
     "take_heads",
     "ulysses_attention",
     "ulysses_attention_shard",
+    "ungroup_heads",
 ]
 
 
@@ -73,16 +81,41 @@ def heads_to_seq(x: Array, axis_name: str) -> Array:
     return lax.all_to_all(x, axis_name, split_axis=1, concat_axis=2, tiled=True)
 
 
-def take_heads(x: Array, heads: tuple[int, ...]) -> Array:
-    """[B, T, N, H] → [B, T, len(heads), H], the heads named, in that order; copies' gradients add up."""
-    if heads == tuple(range(x.shape[2])):
-        return x
-    runs, start = [], 0
-    for i in range(1, len(heads) + 1):  # consecutive heads as one slice each: a gather's gradient would be a scatter
-        if i == len(heads) or heads[i] != heads[i - 1] + 1:
-            runs.append(x[:, :, heads[start] : heads[i - 1] + 1])
-            start = i
-    return jnp.concatenate(runs, axis=2)
+def grouped_seq_to_heads(x: Array, axis_name: str) -> Array:
+    """[P, B, T/P, N/P, H] → [B, T, N/P, H]: group p of heads goes to device p; `grouped_heads_to_seq` undoes it.
+
+    The exchange runs on the leading dim, where what a device sends to another is one piece of memory, and so is what it
+    receives: for B = 1 nothing is copied beside the exchange, for B > 1 once, to bring the batch to the front.
+    """
+    _check_groups(x, axis_name)
+    _, B, _, n, H = x.shape
+    return jnp.moveaxis(_exchange(x, axis_name), 0, 1).reshape(B, -1, n, H)  # from [P, B, T/P, N/P, H], by sender
+
+
+def grouped_heads_to_seq(x: Array, axis_name: str) -> Array:
+    """[B, T, N/P, H] → [P, B, T/P, N/P, H]; the inverse of `grouped_seq_to_heads`."""
+    _check_split(x, axis_name, dim=1, letters="[B, T, N/P, H]")
+    B, T, n, H = x.shape
+    P = _degree(axis_name)
+    return _exchange(jnp.moveaxis(x.reshape(B, P, T // P, n, H), 1, 0), axis_name)
+
+
+def _exchange(x: Array, axis_name: str) -> Array:
+    """[P, …] → [P, …]: row p goes to device p. Rows are flat, so that XLA lays each out in one piece, whatever made it."""
+    flat = x.reshape(x.shape[0], -1)
+    return lax.all_to_all(flat, axis_name, split_axis=0, concat_axis=0, tiled=True).reshape(x.shape)
+
+
+def group_heads(x: Array, groups: int) -> Array:
+    """[B, T, N, H] → [G, B, T, N/G, H]; `ungroup_heads` undoes it."""
+    B, T, N, H = x.shape
+    return jnp.moveaxis(x.reshape(B, T, groups, N // groups, H), 2, 0)
+
+
+def ungroup_heads(x: Array) -> Array:
+    """[G, B, T, n, H] → [B, T, G·n, H]; the inverse of `group_heads`."""
+    G, B, T, n, H = x.shape
+    return jnp.moveaxis(x, 0, 2).reshape(B, T, G * n, H)
 
 
 def ulysses_attention_shard(
@@ -109,7 +142,8 @@ def ulysses_attention_shard(
     Any N and K will do: heads are dealt as evenly as can be (`config.deal_heads`), and a device computes ⌈N/P⌉.
 
     Args:
-      q: [B, T/P, N, H], this device's tokens in mesh order along `axis_name`, of size P.
+      q: [B, T/P, N, H], this device's tokens in mesh order along `axis_name`, of size P. Or [P, B, T/P, n, H], heads dealt
+        already (`config.deal_heads`), as a model that projects into groups has them: then k, v and the result are so too.
       k: [B, S/P, K, H].
       v: [B, S/P, K, H].
       axis_name: the mesh axis the sequence is divided over.
@@ -127,32 +161,35 @@ def ulysses_attention_shard(
       is_causal, scale, local_window_size, logits_soft_cap, implementation, deterministic: as in `dot_product_attention`.
 
     Returns:
-      [B, T/P, N, H].
+      [B, T/P, N, H], or [P, B, T/P, n, H], as q.
 
     Raises:
       ValueError: shapes that do not fit.
     """
-    check_heads(q, k, v)
+    dealt_already = getattr(q, "ndim", 4) == 5
+    plain = (q[0], k[0], v[0]) if dealt_already else (q, k, v)
+    check_heads(*plain)
     _check_ring(ring_axis, balanced=balanced, segment_ids=segment_ids, mask=mask)
     degree = _degree(axis_name)
-    dealing = deal_heads(q.shape[2], k.shape[2], degree)
-    T, S = _lengths(q, k, degree, length, ring_axis)
-    q_all, k_all, v_all = (
-        seq_to_heads(take_heads(x, heads), axis_name)[:, :size]
-        for x, heads, size in ((q, dealing.queries, T), (k, dealing.keys, S), (v, dealing.keys, S))
-    )
+    T, S = _lengths(*plain[:2], degree, length, ring_axis)
+    dealing = None if dealt_already else deal_heads(q.shape[2], k.shape[2], degree)
+    if dealing is not None:
+        heads = (dealing.queries, dealing.keys, dealing.keys)
+        q, k, v = (group_heads(take_heads(x, dealt), degree) for x, dealt in zip((q, k, v), heads, strict=True))
+    q_all, k_all, v_all = (grouped_seq_to_heads(x, axis_name)[:, :size] for x, size in ((q, T), (k, S), (v, S)))
     options = {"is_causal": is_causal, "scale": scale, "local_window_size": local_window_size}
     options |= {"logits_soft_cap": logits_soft_cap, "implementation": implementation}
     if ring_axis is None:
+        slots = tuple(range(degree * q.shape[3])) if dealing is None else dealing.queries
         if block_mask is not None:
-            check_block_mask(block_mask, T, S, q.shape[2])
-            block_mask = _of_my_heads(block_mask, dealing, axis_name)
+            check_block_mask(block_mask, T, S, plain[0].shape[2] if dealing else len(slots))
+            block_mask = _of_my_heads(block_mask, slots, axis_name)
         if isinstance(mask, Mask) and mask.blocks is not None:
-            check_block_mask(mask.blocks, mask.query_length, mask.key_length, q.shape[2])
-            mask = dataclasses.replace(mask, blocks=_of_my_heads(mask.blocks, dealing, axis_name))
+            check_block_mask(mask.blocks, mask.query_length, mask.key_length, plain[0].shape[2] if dealing else len(slots))
+            mask = dataclasses.replace(mask, blocks=_of_my_heads(mask.blocks, slots, axis_name))
         if segment_ids is not None:
             pair = zip(pair_of_ids(segment_ids), (q, k), (T, S), strict=True)
-            segment_ids = tuple(_whole_ids(ids, x.shape[1], size, axis_name) for ids, x, size in pair)  # pyright: ignore[reportAssignmentType]
+            segment_ids = tuple(_whole_ids(ids, x.shape[2], size, axis_name) for ids, x, size in pair)  # pyright: ignore[reportAssignmentType]
         out = dot_product_attention(
             q_all,
             k_all,
@@ -166,12 +203,13 @@ def ulysses_attention_shard(
     else:
         if block_mask is not None:
             raise NotImplementedError(f"block_mask was given with ring_axis = {ring_axis!r}; leave ring_axis out.")
-        _check_ring_ids(segment_ids, q.shape[0], T * _degree(ring_axis, "ring_axis"))
+        _check_ring_ids(segment_ids, plain[0].shape[0], T * _degree(ring_axis, "ring_axis"))
         out = ring_attention_shard(
             q_all, k_all, v_all, axis_name=ring_axis, balanced=balanced, segment_ids=cast(Array | None, segment_ids), **options
         )
-    out = jnp.pad(cast(Array, out), ((0, 0), (0, degree * q.shape[1] - T), (0, 0), (0, 0)))
-    return take_heads(heads_to_seq(out, axis_name), dealing.slots)
+    out = jnp.pad(cast(Array, out), ((0, 0), (0, degree * q.shape[2] - T), (0, 0), (0, 0)))
+    out = grouped_heads_to_seq(out, axis_name)
+    return out if dealing is None else take_heads(ungroup_heads(out), dealing.slots)
 
 
 def ulysses_attention(
@@ -337,6 +375,11 @@ class ShardAttention:
     balanced: bool = False
     implementation: str | None = None
 
+    @property
+    def head_groups(self) -> int:
+        """P: a model projects its heads into this many groups, one for each device, [P, B, T/P, n, H]."""
+        return _degree(self.axis_name)
+
     def __call__(self, q: Array, k: Array, v: Array, **options) -> Array:
         return ulysses_attention_shard(q, k, v, **dataclasses.asdict(self), **options)
 
@@ -472,6 +515,15 @@ def _check_split(x: Array, axis_name: str, *, dim: int, letters: str) -> None:
         )
 
 
+def _check_groups(x: Array, axis_name: str) -> None:
+    degree = _degree(axis_name)
+    if x.ndim != 5 or x.shape[0] != degree:
+        raise ValueError(
+            f"x has shape {list(x.shape)}; it must be [P, B, T/P, N/P, H] with P = {degree}, the size of mesh axis "
+            f"{axis_name!r}. group_heads(x, {degree}) makes it from [B, T/P, N, H]."
+        )
+
+
 def _axes(batch_axes: Sequence[str] | str | None) -> tuple[str, ...]:
     return (batch_axes,) if isinstance(batch_axes, str) else tuple(batch_axes or ())
 
@@ -570,11 +622,11 @@ def _lengths(q: Array, k: Array, degree: int, length: int | tuple[int, int] | No
     return pair
 
 
-def _of_my_heads(blocks: BlockMask, dealing: Dealing, axis_name: str) -> BlockMask:
-    """The layouts of the heads that this device is dealt; one layout for all heads as it is."""
+def _of_my_heads(blocks: BlockMask, slots: tuple[int, ...], axis_name: str) -> BlockMask:
+    """The layouts of the heads that this device is dealt, `slots` of all devices; one layout for all heads as it is."""
     if blocks.layout.shape[0] == 1:
         return blocks
-    mine = jnp.asarray(dealing.queries).reshape(_degree(axis_name), -1)[lax.axis_index(axis_name)]
+    mine = jnp.asarray(slots).reshape(_degree(axis_name), -1)[lax.axis_index(axis_name)]
     return BlockMask(jnp.asarray(blocks.layout)[mine], blocks.block)
 
 

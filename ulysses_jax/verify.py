@@ -127,7 +127,12 @@ def expected_exchange(config: TrainConfig) -> int:
         config.model, batch_size=local, seq_len=config.data.seq_len // config.mesh.ring, degree=config.mesh.seq
     )
     passes = 2 if config.model.remat == "none" else 3
-    return elements * config.model.num_layers * passes * (2 if config.model.dtype == "bfloat16" else 4)
+    sent = elements * passes
+    if config.model.head_chunks > 1:  # each is recomputed by itself; of one whose output is kept, that crosses back once more
+        heads = -(-config.model.num_heads // config.mesh.seq)
+        output = local * config.data.seq_len // config.mesh.ring * heads * config.model.head_dim
+        sent += output if config.model.remat == "attention" else elements
+    return sent * config.model.num_layers * (2 if config.model.dtype == "bfloat16" else 4)
 
 
 def unplanned(program: Program, crossings: list[Crossing]) -> list[Crossing]:

@@ -51,6 +51,7 @@ __all__ = [
     "make_mask",
     "normalize_window",
     "pair_of_ids",
+    "take_heads",
 ]
 
 IMPLEMENTATIONS = ("pallas", "cudnn", "xla", "reference")
@@ -166,6 +167,21 @@ def attend_backward(
     if _resolve(q, mask, options) == "pallas":
         return hopper_attention_backward(q, k, v, mask, out, lse, d_out, deterministic=options.deterministic, **sizes)
     return blocked_attention_backward(q, k, v, mask, out, lse, d_out, **sizes)
+
+
+def take_heads(x: Array, heads: tuple[int, ...], axis: int = 2) -> Array:
+    """[B, T, N, H] → [B, T, len(heads), H], the heads named, in that order; copies' gradients add up.
+
+    Heads lie along `axis`: weights have them elsewhere.
+    """
+    if heads == tuple(range(x.shape[axis])):
+        return x
+    runs, start = [], 0
+    for i in range(1, len(heads) + 1):  # consecutive heads as one slice each: a gather's gradient would be a scatter
+        if i == len(heads) or heads[i] != heads[i - 1] + 1:
+            runs.append(jax.lax.slice_in_dim(x, heads[start], heads[i - 1] + 1, axis=axis))
+            start = i
+    return jnp.concatenate(runs, axis=axis)
 
 
 def check_heads(q: Array, k: Array, v: Array) -> None:
