@@ -70,7 +70,7 @@ def compile_step(recipe: str, *, data: int, seq: int, implementation: str, batch
     compiled = program.step.lower(program.abstract, batch_shapes(config, mesh)).compile()
     crossings, memory = ledger(compiled.as_text() or "", mesh), compiled.memory_analysis()
     assert memory is not None
-    case = f"{recipe} data={data} seq={seq} {implementation} remat={config.model.remat}"
+    case = f"{recipe} data={data} seq={seq} {implementation} {config.memory.save}"
     runs, sent = Counter(), Counter()
     for crossing in crossings:
         runs[f"{crossing.kind} over {' × '.join(crossing.axes)}"] += crossing.times

@@ -1,33 +1,121 @@
-"""What the backward keeps and what it computes again.
+"""What a step keeps for its backward, computes again, cuts into tiles, or sends to the host: `config.MemoryConfig`, done.
 
-The model marks its layers' attention outputs by name ("attention_out", "attention_lse", inside the attention itself), so a
-policy can keep just those: they are the dearest to compute again, quadratic in T, and only 2·B·T·D bytes a layer to keep.
+The model marks by name what is worth keeping: "layer_input", "attention_in" (queries, keys and values as the kernel takes
+them), "attention_out" and "attention_lse" (inside the attention itself, "pallas" and "xla"; cuDNN's kernel is run again),
+"attention_exchanged", "attention_sum" and "mlp_products". A policy keeps some of these names, on the device or in the host's
+pinned memory. The scan over layers has one body, so a fraction of layers is a fraction of a group of layers, which is the body.
 """
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 
-from ulysses_jax.config import Remat
+from ulysses_jax.attention.blocked import varying_like
+from ulysses_jax.config import LayerMemory, MemoryConfig, Save
 
-__all__ = ["rematerialize"]
+__all__ = ["NAMES", "map_tiles", "rematerialize", "scan_layers"]
+
+type Tree = Any
+type Layer = Callable[[Array, Tree], Array]
+
+ATTENTION = ("attention_out", "attention_lse")
+NAMES: dict[Save, tuple[str, ...]] = {
+    "inputs": (),
+    "attention": ATTENTION,
+    "projections": (*ATTENTION, "attention_in"),
+    "products": (*ATTENTION, "attention_in", "attention_exchanged", "attention_sum", "mlp_products"),
+}
+"""what each way of saving keeps beside a layer's input"""
 
 
-def rematerialize(layer: Callable, remat: Remat) -> Callable:
-    """`layer`, its backward recomputing what `remat` says.
+def scan_layers(layer: Layer, x: Array, stored: Tree, memory: MemoryConfig) -> Array:
+    """`layer(x, parameters)` for each of the layers stacked in `stored`, one after the other, its backward as `memory` says.
 
     Args:
-      layer: the body of a scan over layers.
-      remat: "none" keeps every intermediate; "attention" keeps each layer's input and its attention's output; "full" keeps
-        each layer's input alone.
+      layer: (activations, one layer's parameters) → activations.
+      x: what the first layer takes.
+      stored: parameters, each with a leading dim of layers.
+      memory: the policy; a fraction of layers makes the body of the scan a group of layers.
     """
-    match remat:
-        case "none":
-            return layer
-        case "attention":
-            keep = jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse")
-            return jax.checkpoint(layer, policy=keep, prevent_cse=False)  # a scan's body is one region already
-        case "full":
-            return jax.checkpoint(layer, prevent_cse=False)
-        case _:
-            raise ValueError(f"remat is {remat!r}; it must be one of none, attention, full.")
+    layers = jax.tree.leaves(stored)[0].shape[0]
+    bodies = [rematerialize(layer, policy) for policy in memory.group(layers)]
+    size = len(bodies)
+    grouped = jax.tree.map(lambda a: a.reshape(layers // size, size, *a.shape[1:]), stored) if size > 1 else stored
+
+    def group(x: Array, own: Tree) -> tuple[Array, None]:
+        leaves, structure = jax.tree.flatten(own)
+        # `split` is undone by one concatenation; slices would each be padded to the group and added up
+        pieces = [[a] if size == 1 else [p[0] for p in lax.split(a, [1] * size)] for a in leaves]
+        for i, body in enumerate(bodies):
+            x = body(x, jax.tree.unflatten(structure, [p[i] for p in pieces]))
+        return x, None
+
+    return lax.scan(group, x, grouped)[0]
+
+
+def rematerialize(layer: Layer, policy: LayerMemory) -> Layer:
+    """`layer`, its backward recomputing what `policy` does not keep."""
+    if policy.save == "all":
+        return layer
+    keep, policies = list(NAMES[policy.save]), jax.checkpoint_policies
+    if policy.offload:
+        # The input is marked inside the body: to mark the scan's own carry would silently send nothing (jax#23869).
+        what = policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=["layer_input", *keep],
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+    else:
+        what = policies.save_only_these_names(*keep)
+
+    def marked(x: Array, stored: Tree) -> Array:
+        return layer(checkpoint_name(x, "layer_input"), stored)
+
+    return jax.checkpoint(marked, policy=what, prevent_cse=False)  # a scan's body is one region already
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def map_tiles(function: Callable[[Tree, Array], Array], weights: Tree, x: Array, tile: int) -> Array:
+    """`function(weights, x)`, which treats each token alone, on `tile` tokens at a time.
+
+    x [B, T, D] → [B, T, …]. The backward computes each tile's intermediates again, and adds up the weights' gradients over the
+    tiles in float32 (in their own type the sum would lose what the tiles have in common, a bit for every doubling).
+    """
+    return _from_tiles(lax.map(functools.partial(function, weights), _to_tiles(x, tile)), x)
+
+
+def _tiles_fwd(function, weights: Tree, x: Array, tile: int):
+    return map_tiles(function, weights, x, tile), (weights, x)
+
+
+def _tiles_bwd(function, tile: int, saved: tuple[Tree, Array], d_y: Array) -> tuple[Tree, Array]:
+    weights, x = saved
+
+    def one(total: Tree, xs: tuple[Array, Array]) -> tuple[Tree, Array]:
+        d_weights, d_x = jax.vjp(function, weights, xs[0])[1](xs[1])
+        return jax.tree.map(lambda t, d: t + d.astype(t.dtype), total, d_weights), d_x
+
+    zeros = jax.tree.map(lambda w: varying_like(jnp.zeros(w.shape, jnp.promote_types(w.dtype, jnp.float32)), w, x), weights)
+    total, d_x = lax.scan(one, zeros, (_to_tiles(x, tile), _to_tiles(d_y, tile)))
+    return jax.tree.map(lambda t, w: t.astype(w.dtype), total, weights), _from_tiles(d_x, x)
+
+
+map_tiles.defvjp(_tiles_fwd, _tiles_bwd)
+
+
+def _to_tiles(x: Array, tile: int) -> Array:
+    """[B, T, D] → [tiles, tile, D], padded with zeros, whose gradients are zero."""
+    flat = x.reshape(-1, x.shape[-1])
+    return jnp.pad(flat, ((0, -len(flat) % tile), (0, 0))).reshape(-1, tile, x.shape[-1])
+
+
+def _from_tiles(tiles: Array, like: Array) -> Array:
+    """[tiles, tile, D] → [B, T, D], the inverse of `_to_tiles`."""
+    tokens = like.shape[0] * like.shape[1]
+    return tiles.reshape(-1, tiles.shape[-1])[:tokens].reshape(*like.shape[:2], tiles.shape[-1])

@@ -17,11 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.core import Tracer
 
 from ulysses_jax.attention import Mask, dot_product_attention, in_words
-from ulysses_jax.config import ModelConfig, RopeScaling
-from ulysses_jax.memory import rematerialize
+from ulysses_jax.config import MemoryConfig, ModelConfig, RopeScaling
+from ulysses_jax.memory import map_tiles, scan_layers
 
 __all__ = ["Transformer", "apply_rope", "rope_wavelengths"]
 
@@ -75,34 +76,45 @@ class Attention(nnx.Module):
             }
         )
         y = self.attention(q, k, v, logits_soft_cap=config.logits_soft_cap, **options)
+        y = checkpoint_name(y, "attention_exchanged")
         return jnp.einsum("btnh,nhd->btd", y, self.out[...].astype(x.dtype))
 
 
 class MLP(nnx.Module):
-    """SwiGLU: (silu(x Wg) ∘ x Wu) Wd (arXiv 2002.05202)."""
+    """SwiGLU: (silu(x Wg) ∘ x Wu) Wd (arXiv 2002.05202), on `tile` tokens at a time if given."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, tile: int | None = None, *, rngs: nnx.Rngs):
         D, F = config.embed_dim, config.mlp_dim
+        self.tile = tile
         self.gate = _weight(rngs, (D, F), fan_in=D)
         self.up = _weight(rngs, (D, F), fan_in=D)
         self.down = _weight(rngs, (F, D), fan_in=F * 2 * config.num_layers)
 
     def __call__(self, x: Array) -> Array:
-        gate, up, down = (w[...].astype(x.dtype) for w in (self.gate, self.up, self.down))
-        return (jax.nn.silu(x @ gate) * (x @ up)) @ down
+        weights = tuple(w[...].astype(x.dtype) for w in (self.gate, self.up, self.down))
+        if self.tile is None or self.tile >= x.shape[0] * x.shape[1]:
+            return swiglu(weights, x)
+        return map_tiles(swiglu, weights, x, self.tile)
+
+
+def swiglu(weights: tuple[Array, Array, Array], x: Array) -> Array:
+    """(silu(x Wg) ∘ x Wu) Wd for weights (Wg, Wu [D, F], Wd [F, D]); x […, D]."""
+    gate, up, down = weights
+    gated, upped = (checkpoint_name(x @ w, "mlp_products") for w in (gate, up))
+    return (jax.nn.silu(gated) * upped) @ down
 
 
 class Layer(nnx.Module):
     """Attention and MLP, each normalised before and added to its input."""
 
-    def __init__(self, config: ModelConfig, attention: Callable, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, attention: Callable, mlp_tile: int | None = None, *, rngs: nnx.Rngs):
         self.attention_norm = RMSNorm(config.embed_dim, config.norm_eps)
         self.attention = Attention(config, attention, rngs=rngs)
         self.mlp_norm = RMSNorm(config.embed_dim, config.norm_eps)
-        self.mlp = MLP(config, rngs=rngs)
+        self.mlp = MLP(config, mlp_tile, rngs=rngs)
 
     def __call__(self, x: Array, angles: Array, segment_ids: Array | None, mask: Mask | None) -> Array:
-        x = x + self.attention(self.attention_norm(x), angles, segment_ids, mask)
+        x = checkpoint_name(x + self.attention(self.attention_norm(x), angles, segment_ids, mask), "attention_sum")
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -122,6 +134,7 @@ class Transformer(nnx.Module):
         compared by value: `dot_product_attention` (default), `attention_fn(mesh)` for global arrays, or
         `ShardAttention()` inside a `shard_map`.
       unshard: stored parameters of one part of the model → parameters as used; identity by default.
+      memory: what the layers keep for their backward; `MemoryConfig()` by default.
       rngs: source of the initial values.
     """
 
@@ -131,23 +144,27 @@ class Transformer(nnx.Module):
         *,
         attention: Callable = dot_product_attention,
         unshard: Unshard | None = None,
+        memory: MemoryConfig | None = None,
         rngs: nnx.Rngs,
     ):
         for name, value, ok, wanted in (
             ("config", config, isinstance(config, ModelConfig), "a ModelConfig, such as recipes.tiny()"),
             ("attention", attention, callable(attention), "a function of (q, k, v), such as attention_fn(mesh)"),
             ("unshard", unshard, unshard is None or callable(unshard), "a function of stored parameters, or None"),
+            ("memory", memory, memory is None or isinstance(memory, MemoryConfig), "a MemoryConfig, or None"),
             ("rngs", rngs, isinstance(rngs, nnx.Rngs), "nnx.Rngs, such as nnx.Rngs(0)"),
         ):
             if not ok:
                 raise ValueError(f"{name} is {in_words(value)}; it must be {wanted}.")
-        self.config, self.unshard = config, unshard
+        self.config, self.unshard, self.memory = config, unshard, memory or MemoryConfig()
         self.embedding = Embedding(config, rngs=rngs)
+
+        tile = self.memory.mlp_tile
 
         @nnx.split_rngs(splits=config.num_layers)
         @nnx.vmap(in_axes=0, out_axes=0)
         def stacked(rngs: nnx.Rngs) -> Layer:
-            return Layer(config, attention, rngs=rngs)
+            return Layer(config, attention, tile, rngs=rngs)
 
         self.layers = stacked(rngs)
         self.norm = RMSNorm(config.embed_dim, config.norm_eps)
@@ -195,12 +212,11 @@ class Transformer(nnx.Module):
         x = self._used(self.embedding).table[tokens].astype(config.dtype)
         layer, stored = nnx.split(self.layers)
 
-        def apply(x: Array, stored: nnx.State) -> tuple[Array, None]:
+        def apply(x: Array, stored: nnx.State) -> Array:
             used = nnx.merge(layer, self.unshard(stored) if self.unshard else stored)
-            return used(x, angles, segment_ids, mask), None
+            return used(x, angles, segment_ids, mask)
 
-        x, _ = lax.scan(rematerialize(apply, config.remat), x, stored)
-        return self._used(self.norm)(x)
+        return self._used(self.norm)(scan_layers(apply, x, stored, self.memory))
 
     def output_table(self) -> Array:
         """The output matrix [V, D], gathered: the embedding's own where tied."""

@@ -111,7 +111,7 @@ def demo_bidirectional() -> TrainConfig:
 
 def _long(model: ModelConfig, *, seq_len: int, devices: int, steps: int = 1000) -> TrainConfig:
     return TrainConfig(
-        model=dataclasses.replace(model, remat="attention"),
+        model=model,
         mesh=MeshConfig(seq=devices),
         data=DataConfig(seq_len=seq_len, batch_size=1),
         optimizer=OptimizerConfig(warmup_steps=50),

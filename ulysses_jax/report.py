@@ -44,14 +44,13 @@ MAY_CHANGE = {
     "zero_stage",
     "implementation",
     "accumulation",
-    "loss_tile",
+    "memory",
     "checkpoint",
     "log_every",
     "eval_every",
     "eval_batches",
     "tensorboard",
     "wandb",
-    "model.remat",
 }
 
 
