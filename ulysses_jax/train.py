@@ -27,7 +27,7 @@ from ulysses_jax import costs
 from ulysses_jax.attention import check_platform, make_mask
 from ulysses_jax.attention.blocked import varying_like
 from ulysses_jax.checkpoint import Checkpoints
-from ulysses_jax.config import OptimizerConfig, TrainConfig
+from ulysses_jax.config import MemoryConfig, OptimizerConfig, TrainConfig
 from ulysses_jax.data import END, Corpus, Packing, byte_entropy, open_corpus, place, read_ahead
 from ulysses_jax.mesh import DATA, RING, SEQ, make_mesh, token_order, token_spec
 from ulysses_jax.model import Transformer
@@ -36,7 +36,7 @@ from ulysses_jax.runtime import Stop, stopping
 from ulysses_jax.ulysses import ShardAttention
 from ulysses_jax.zero import Stored, Unshard, hold, zero_shardings
 
-__all__ = ["Program", "batch_shapes", "build", "make_optimizer", "run", "token_losses"]
+__all__ = ["Program", "batch_shapes", "build", "compiler_options", "make_optimizer", "run", "token_losses"]
 
 type Tree = Any
 type State = dict[str, Tree]
@@ -116,10 +116,27 @@ def build(config: TrainConfig, mesh: Mesh) -> Program:
         mesh=mesh,
         abstract=jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, state_at),
         init=jax.jit(init, out_shardings=state_at),
-        step=jax.jit(step, donate_argnums=0, out_shardings=(state_at, whole)),
+        step=jax.jit(
+            step, donate_argnums=0, out_shardings=(state_at, whole), compiler_options=compiler_options(config.memory, mesh)
+        ),
         gradients=jax.jit(loss_and_grads),
         evaluate=jax.jit(_on_mesh(_summed_loss, config, mesh, graph, parts, (PartitionSpec(), PartitionSpec()))),
     )
+
+
+def compiler_options(memory: MemoryConfig, mesh: Mesh) -> dict[str, bool | int | str] | None:
+    """What XLA is told about a training step on NVIDIA GPUs; elsewhere nothing.
+
+    Its latency-hiding scheduler is on by default, and sends a layer's gathers and reduce-scatters and the exchange while others
+    compute, as long as it believes that they fit: beyond its limit it runs them one by one, and its own rematerialisation
+    gathers weights up to six times a layer. What is computed again is `memory`'s to say, so that pass is off. The limit is a
+    percentage of what jax preallocates, less the state; it counts buffers in the host's memory as the device's, so that with
+    them it has to be beyond both.
+    """
+    if mesh.devices.flat[0].platform not in ("gpu", "cuda"):
+        return None
+    limit = 400 if memory.offload_layers else 100
+    return {"xla_disable_hlo_passes": "rematerialization", "xla_gpu_memory_limit_slop_factor": limit}
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
