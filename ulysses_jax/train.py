@@ -26,7 +26,6 @@ from rich.console import Console
 from ulysses_jax import costs
 from ulysses_jax.attention import check_platform, make_mask
 from ulysses_jax.attention.blocked import varying_like
-from ulysses_jax.checkpoint import Checkpoints
 from ulysses_jax.config import MemoryConfig, OptimizerConfig, TrainConfig
 from ulysses_jax.data import END, Corpus, Packing, byte_entropy, open_corpus, place, read_ahead
 from ulysses_jax.mesh import DATA, RING, SEQ, make_mesh, token_order, token_spec
@@ -247,6 +246,8 @@ def run(config: TrainConfig, out: Path, console: Console | None = None, *, stop:
     Raises:
       ValueError: a folder that belongs to another run or is damaged, data or devices that do not fit the config.
     """
+    from ulysses_jax.checkpoint import Checkpoints  # Orbax: the step itself does without
+
     console = console or Console()
     corpus = open_corpus(config.data)
     if corpus.vocab_size is not None and config.model.vocab_size < corpus.vocab_size:
@@ -292,24 +293,23 @@ def run(config: TrainConfig, out: Path, console: Console | None = None, *, stop:
 def _loop(program, step, state, first, packing, corpus, checkpoints, report, stop) -> tuple[State, bool]:
     """Steps `first` to the last; answers the state, and whether it got there."""
     config = program.config
-    flops = costs.step_flops(config.model, batch_size=config.data.batch_size, seq_len=config.data.seq_len)
-    tokens = config.data.batch_size * config.data.seq_len
-    since, at, ahead = time.perf_counter(), first, None
+    kind = program.mesh.devices.flat[0].device_kind
+    since, at, ahead, pairs = time.perf_counter(), first, None, 0
     for i, batch in zip(range(first + 1, config.steps + 1), read_ahead(packing, range(first, config.steps)), strict=True):
         state, metrics = step(state, place(batch, program.mesh))
+        pairs += costs.seen_pairs(batch["positions"], is_causal=config.model.is_causal, window=config.model.local_window_size)
         jax.block_until_ready(ahead)  # one step runs while the next is prepared, never more
         ahead = metrics["loss"]
         if i % config.log_every == 0 or i in (1, config.steps):
             values = {name: float(x) for name, x in metrics.items()}
             seconds = (time.perf_counter() - since) / (i - at)
-            per_device = flops / seconds / program.mesh.size / 1e12
-            report.write({"step": i, **values, "tokens_per_s": tokens / seconds, "model_tflops_per_device": per_device})
-            since, at = time.perf_counter(), i
+            report.write({"step": i, **values, **costs.rates(config, seconds, kind, pairs=pairs // (i - at))})
+            since, at, pairs = time.perf_counter(), i, 0
         report.advance(i)
         asked = stop.requested(i)
         if config.eval_every and i % config.eval_every == 0 and i < config.steps:
             report.write({"step": i, **evaluate(program, state["params"], corpus)})
-            since, at = time.perf_counter(), i
+            since, at, pairs = time.perf_counter(), i, 0
         if asked or i == config.steps or i % config.checkpoint.every == 0:
             if not np.isfinite(loss := float(metrics["loss"])):
                 raise ValueError(f"the loss is {loss} at step {i}; the last save is kept. Try a lower optimizer.learning_rate.")
