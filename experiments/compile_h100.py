@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from jax._src.lib.mlir import ir
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -28,9 +29,10 @@ from ulysses_jax import recipes
 from ulysses_jax.attention import make_mask
 from ulysses_jax.attention.hopper import HEAD_DIMS, hopper_attention
 from ulysses_jax.config import MeshConfig
+from ulysses_jax.memory import HOST
 from ulysses_jax.mesh import DATA, SEQ
 from ulysses_jax.plan import ledger
-from ulysses_jax.train import batch_shapes, build
+from ulysses_jax.train import Program, batch_shapes, build
 
 # Figures of NVIDIA's H100 SXM5 80 GB datasheet and of the CUDA programming guide for compute capability 9.0.
 H100 = """
@@ -60,6 +62,27 @@ def h100_mesh(*, data: int = 1, seq: int = 1) -> Mesh:
     return Mesh(np.array(topology.devices[:n]).reshape(data, seq), (DATA, SEQ), axis_types=(AxisType.Auto,) * 2)
 
 
+def compile_for(program: Program, **options: Any) -> jax.stages.Compiled:
+    """A training step for devices that need not be there.
+
+    Such devices do not know their kinds of memory, and jax drops the kinds of its arguments; here they are written back.
+    """
+    batch = batch_shapes(program.config, program.mesh)
+    lowered = program.step.lower(program.abstract, batch)
+    if program.config.memory.offload_optimizer:
+        paths = jax.tree_util.tree_leaves_with_path((program.abstract, batch))
+        kinds = [HOST if x.ndim and "opt_state" in jax.tree_util.keystr(path) else "device" for path, x in paths]
+        module: Any = lowered.compiler_ir()
+        main = next(op for op in module.body.operations if op.attributes["sym_name"].value == "main")
+        with module.context:
+            attributes = [{a.name: a.attr for a in ir.DictAttr(x)} for x in ir.ArrayAttr(main.attributes["arg_attrs"])]
+            assert len(attributes) == len(kinds)
+            for own, kind in zip(attributes, kinds, strict=True):
+                own["mhlo.memory_kind"] = ir.StringAttr.get(kind)
+            main.attributes["arg_attrs"] = ir.ArrayAttr.get([ir.DictAttr.get(own) for own in attributes])
+    return lowered.compile(**options)
+
+
 def compile_step(recipe: str, *, data: int, seq: int, implementation: str, batch_size: int) -> list[dict]:
     """Collectives (runs a step), bytes handed to all-to-alls, and bytes a device of a recipe's training step."""
     config = recipes.recipe(recipe)
@@ -71,7 +94,7 @@ def compile_step(recipe: str, *, data: int, seq: int, implementation: str, batch
     )
     mesh = h100_mesh(data=data, seq=seq)
     program = build(config, mesh)
-    compiled = program.step.lower(program.abstract, batch_shapes(config, mesh)).compile()
+    compiled = compile_for(program)
     crossings, memory = ledger(compiled.as_text() or "", mesh), compiled.memory_analysis()
     assert memory is not None
     case = f"{recipe} data={data} seq={seq} {implementation} {config.memory.save}"

@@ -11,10 +11,11 @@ import pytest
 from flax import nnx
 
 from tests.trainers import FAST, LENGTH, MODEL, by_name, first_state, make_batch, program, relative_error, tiny
-from ulysses_jax.config import LayerMemory, MemoryConfig
+from ulysses_jax.config import LayerMemory, MemoryConfig, OptimizerConfig
 from ulysses_jax.data import place
 from ulysses_jax.memory import map_tiles
 from ulysses_jax.model import Transformer, swiglu
+from ulysses_jax.train import batch_shapes
 
 B, T, L, D, N, H = 3, LENGTH, 4, MODEL.embed_dim, MODEL.num_heads, MODEL.head_dim
 K, F = MODEL.num_kv_heads, MODEL.mlp_dim
@@ -164,3 +165,51 @@ def test_no_policy_changes_loss_or_gradients(policy, data, seq):
     assert loss == pytest.approx(reference, rel=1e-6)
     errors = {name: relative_error(grads[name], ref) for name, ref in expected.items()}
     assert max(errors.values()) < 1e-6, errors
+
+
+def take_steps(steps: int = 3, **config: Any) -> tuple[dict[str, np.ndarray], list[float]]:
+    """Parameters and moments after some steps from `first_state`, and the losses."""
+    own = tiny(2, 4, **config)
+    p = program(own)
+    step = p.step.lower(p.abstract, batch_shapes(own, p.mesh)).compile(FAST)
+    state: Any = jax.tree.map(
+        lambda x, like: jax.device_put(x.astype(like.dtype), like.sharding), first_state(tiny(2, 4)), p.abstract
+    )
+    losses = []
+    for i in range(steps):
+        state, metrics = step(state, place(make_batch(own, i), p.mesh))
+        losses.append(float(metrics["loss"]))
+    kinds = {x.sharding.memory_kind for x in jax.tree.leaves(state["opt_state"]) if x.ndim}
+    assert kinds == ({"pinned_host"} if own.memory.offload_optimizer else {p.mesh.devices.flat[0].default_memory().kind})
+    return by_name(state), losses
+
+
+@pytest.mark.slow
+def test_moments_on_the_host_are_the_same_moments():
+    """Clipping each layer by its own norm, or updating the count once a layer, breaks it."""
+    (state, losses), (expected, reference) = take_steps(memory={"offload_optimizer": True}), take_steps()
+    np.testing.assert_allclose(losses, reference, rtol=1e-6)
+    assert state.keys() == expected.keys()
+    errors = {name: relative_error(state[name], ref) for name, ref in expected.items() if np.any(ref)}
+    assert max(errors.values()) < 1e-6, errors
+
+
+@pytest.mark.slow
+def test_the_first_state_on_the_host_is_the_first_state():
+    own = tiny(2, 4, memory={"offload_optimizer": True})
+    first, expected = by_name(program(own).init()), by_name(first_state(tiny(2, 4)))
+    assert first.keys() == expected.keys()
+    for name, x in expected.items():
+        np.testing.assert_allclose(first[name], x, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.slow
+def test_moments_in_bfloat16_train_nearly_alike():
+    """Computing in bfloat16 as well as keeping breaks the bound."""
+    optimizer = {"warmup_steps": 5, "learning_rate": 3e-3}
+    state, losses = take_steps(5, optimizer=OptimizerConfig(**optimizer, moment_dtype="bfloat16"))
+    _, reference = take_steps(5, optimizer=OptimizerConfig(**optimizer))
+    moments = {name: x.dtype for name, x in state.items() if ".mu." in name or ".nu." in name}
+    assert moments
+    assert {str(dtype) for dtype in moments.values()} == {"bfloat16"}
+    np.testing.assert_allclose(losses, reference, rtol=1e-3)

@@ -191,6 +191,8 @@ class MemoryConfig:
     """tokens whose hidden activations [tile, F] exist at one time; all of a device's by default"""
     loss_tile: int = 2048
     """tokens whose logits [tile, V] exist at one time"""
+    offload_optimizer: bool = False
+    """the optimizer's moments wait in the host's pinned memory; the update fetches them a layer at a time"""
 
     def __post_init__(self):
         _check_types(self, "memory.")
@@ -320,6 +322,8 @@ class OptimizerConfig:
     """on matrices only"""
     clip_norm: float = 1.0
     """largest global norm of the gradient"""
+    moment_dtype: Dtype = "float32"
+    """in which both moments are kept; they are computed in float32"""
 
     def __post_init__(self):
         _check_types(self, "optimizer.")

@@ -12,17 +12,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
 from ulysses_jax.attention.blocked import varying_like
 from ulysses_jax.config import LayerMemory, MemoryConfig, Save
 
-__all__ = ["NAMES", "map_tiles", "rematerialize", "scan_layers"]
+__all__ = ["HOST", "NAMES", "map_tiles", "rematerialize", "scan_layers", "stream_update"]
 
 type Tree = Any
 type Layer = Callable[[Array, Tree], Array]
 
+HOST = "pinned_host"
 ATTENTION = ("attention_out", "attention_lse")
 NAMES: dict[Save, tuple[str, ...]] = {
     "inputs": (),
@@ -69,7 +71,7 @@ def rematerialize(layer: Layer, policy: LayerMemory) -> Layer:
             names_which_can_be_saved=[],
             names_which_can_be_offloaded=["layer_input", *keep],
             offload_src="device",
-            offload_dst="pinned_host",
+            offload_dst=HOST,
         )
     else:
         what = policies.save_only_these_names(*keep)
@@ -119,3 +121,64 @@ def _from_tiles(tiles: Array, like: Array) -> Array:
     """[tiles, tile, D] → [B, T, D], the inverse of `_to_tiles`."""
     tokens = like.shape[0] * like.shape[1]
     return tiles.reshape(-1, tiles.shape[-1])[:tokens].reshape(*like.shape[:2], tiles.shape[-1])
+
+
+def stream_update(
+    optimizer: optax.GradientTransformation, grads: Tree, state: Tree, params: Tree, *, stacked: str = "layers"
+) -> tuple[Tree, Tree]:
+    """`optimizer`'s update with its state on the host: (new parameters, new state), in place, a layer at a time.
+
+    The device holds one layer's state, and that of the parts that are no layers. The optimizer has to treat each element
+    alone, given the step (AdamW, Lion, SGD); a norm over all of them has to be applied to `grads` before.
+
+    Args:
+      grads: shaped like `params`, on the device.
+      state: the optimizer's, its arrays on the host, its scalars on the device.
+      params: on the device; under the key `stacked`, parameters with a leading dim of layers.
+    """
+
+    def update(grads: Tree, state: Tree, params: Tree) -> tuple[Tree, Tree]:
+        updates, after = optimizer.update(grads, _move(state, jax.memory.Space.Device), params)
+        return optax.apply_updates(params, updates), _move(after, jax.memory.Space.Host)
+
+    state = _move(state, jax.memory.Space.Host)  # where it is: said for devices that do not know their memories
+    (g, s, p), others = ([_part(x, stacked, inside) for x in (grads, state, params)] for inside in (True, False))
+
+    def one(carry: tuple[Tree, Tree], i: Array) -> tuple[tuple[Tree, Tree], None]:
+        def take(x: Array) -> Array:
+            return x if x.ndim == 0 else lax.dynamic_index_in_dim(x, i, keepdims=False)
+
+        def put(x: Array, new: Array) -> Array:
+            return x if x.ndim == 0 else lax.dynamic_update_index_in_dim(x, new, i, 0)
+
+        new = update(*(jax.tree.map(take, x) for x in (g, carry[1], carry[0])))
+        return jax.tree.map(put, carry, new), None
+
+    (p, s), _ = lax.scan(one, (p, s), jnp.arange(jax.tree.leaves(p)[0].shape[0]))
+    other_params, other_state = update(*others)
+    return _join(p, other_params, stacked), _join(s, other_state, stacked)
+
+
+def _move(tree: Tree, space: jax.memory.Space) -> Tree:
+    """Arrays to a memory; scalars stay on the device."""
+    return jax.tree.map(lambda x: x if x.ndim == 0 else jax.device_put(x, space), tree)
+
+
+def _part(tree: Tree, stacked: str, inside: bool) -> Tree:
+    """Each dict of parameters in a tree with only what is under the key `stacked`, or without it."""
+    return jax.tree.map(
+        lambda x: {k: v for k, v in x.items() if (k == stacked) == inside} if _holds(x, stacked) else x,
+        tree,
+        is_leaf=lambda x: _holds(x, stacked),
+    )
+
+
+def _join(layers: Tree, others: Tree, stacked: str) -> Tree:
+    """The inverse of `_part`; scalars are those of `others`, which have been updated once."""
+    return jax.tree.map(
+        lambda x, y: {**x, **y} if _holds(x, stacked) else y, layers, others, is_leaf=lambda x: _holds(x, stacked)
+    )
+
+
+def _holds(x: Any, key: str) -> bool:
+    return isinstance(x, dict) and key in x

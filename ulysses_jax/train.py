@@ -28,6 +28,7 @@ from ulysses_jax.attention import check_platform, make_mask
 from ulysses_jax.attention.blocked import varying_like
 from ulysses_jax.config import MemoryConfig, OptimizerConfig, TrainConfig
 from ulysses_jax.data import END, Corpus, Packing, byte_entropy, open_corpus, place, read_ahead
+from ulysses_jax.memory import HOST, stream_update
 from ulysses_jax.mesh import DATA, RING, SEQ, make_mesh, token_order, token_spec
 from ulysses_jax.model import Transformer
 from ulysses_jax.report import claim, conclude, describe, draw_losses, read_metrics, read_summary, reporting
@@ -82,6 +83,7 @@ def build(config: TrainConfig, mesh: Mesh) -> Program:
 
     graph = nnx.split(nnx.eval_shape(create))[0]
     optimizer, schedule = make_optimizer(config.optimizer, config.steps)
+    on_host = config.memory.offload_optimizer
 
     def init() -> State:
         params = nnx.to_pure_dict(nnx.split(create())[1])
@@ -94,17 +96,30 @@ def build(config: TrainConfig, mesh: Mesh) -> Program:
     )
     update_at = zero_shardings(shapes["params"], (), mesh=mesh, stage=3 if config.zero_stage else 0)[0]
     state_at = {"params": params_at, "opt_state": opt_at, "step": whole}
+    if on_host:  # and say "device" of all the rest: jax ignores the kinds of memory where one is not named
+        device = jax.tree.map(lambda at: at.with_memory_kind("device"), state_at)
+        state_at = device | {"opt_state": jax.tree.map(_placed, opt_at, shapes["opt_state"])}
+        whole = whole.with_memory_kind("device")
     loss_and_grads = _on_mesh(_loss_and_grads, config, mesh, graph, parts, (PartitionSpec(), _specs(grads_at), PartitionSpec()))
 
     def step(state: State, batch: dict[str, Array]) -> tuple[State, dict[str, Array]]:
         loss, grads, tokens = loss_and_grads(state["params"], batch)
         # The update runs where the optimizer's state lies; a stage that keeps parameters whole gathers the result.
         grads, params = (lax.with_sharding_constraint(x, update_at) for x in (grads, state["params"]))
-        updates, opt_state = optimizer.update(grads, state["opt_state"], params)
-        params = lax.with_sharding_constraint(optax.apply_updates(params, updates), update_at)
+        norm = optax.tree.norm(grads)
+        if on_host:
+            clipped = jax.tree.map(
+                lambda g: g * jnp.where(norm < config.optimizer.clip_norm, 1, config.optimizer.clip_norm / norm), grads
+            )
+            params, opt_state = stream_update(_adamw(config.optimizer, schedule), clipped, state["opt_state"][1], params)
+            opt_state = (state["opt_state"][0], opt_state)
+        else:
+            updates, opt_state = optimizer.update(grads, state["opt_state"], params)
+            params = optax.apply_updates(params, updates)
+        params = lax.with_sharding_constraint(params, update_at)
         metrics = {
             "loss": loss,
-            "grad_norm": optax.tree.norm(grads),
+            "grad_norm": norm,
             "learning_rate": jnp.asarray(schedule(state["step"])),
             "tokens": tokens,
         }
@@ -114,7 +129,7 @@ def build(config: TrainConfig, mesh: Mesh) -> Program:
         config=config,
         mesh=mesh,
         abstract=jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, state_at),
-        init=jax.jit(init, out_shardings=state_at),
+        init=_first_on_host(init, shapes, state_at) if on_host else jax.jit(init, out_shardings=state_at),
         step=jax.jit(
             step, donate_argnums=0, out_shardings=(state_at, whole), compiler_options=compiler_options(config.memory, mesh)
         ),
@@ -134,8 +149,27 @@ def compiler_options(memory: MemoryConfig, mesh: Mesh) -> dict[str, bool | int |
     """
     if mesh.devices.flat[0].platform not in ("gpu", "cuda"):
         return None
-    limit = 400 if memory.offload_layers else 100
+    limit = 400 if memory.offload_layers or memory.offload_optimizer else 100
     return {"xla_disable_hlo_passes": "rematerialization", "xla_gpu_memory_limit_slop_factor": limit}
+
+
+def _placed(at: NamedSharding, x: jax.ShapeDtypeStruct) -> NamedSharding:
+    return at.with_memory_kind(HOST if x.ndim else "device")
+
+
+def _first_on_host(init: Callable[[], State], shapes: State, state_at: State) -> Callable[[], State]:
+    """As `init`, where the device would not have room for the optimizer's state: AdamW's begins as zeros."""
+    params = jax.jit(lambda: init()["params"], out_shardings=state_at["params"])
+
+    def zeros(x: jax.ShapeDtypeStruct, at: NamedSharding) -> Array:
+        size = at.shard_shape(x.shape)
+        return jax.make_array_from_callback(x.shape, at, lambda _: np.zeros(size, x.dtype))
+
+    def first() -> State:
+        rest = {name: jax.tree.map(zeros, shapes[name], state_at[name]) for name in ("opt_state", "step")}
+        return {"params": params(), **rest}
+
+    return first
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
@@ -149,6 +183,10 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> tuple[optax.GradientT
         end_value=config.learning_rate * config.final_fraction,
     )
 
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), _adamw(config, schedule)), schedule
+
+
+def _adamw(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
     def decays(params: Tree) -> Tree:
         def one(path, _) -> bool:
             return not any(str(key.key).endswith(("scale", "bias")) for key in path)
@@ -156,7 +194,20 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> tuple[optax.GradientT
         return jax.tree_util.tree_map_with_path(one, params)
 
     adamw = optax.adamw(schedule, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=decays)
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw), schedule
+    return adamw if config.moment_dtype == "float32" else _kept_in(adamw, jnp.dtype(config.moment_dtype))
+
+
+def _kept_in(inner: optax.GradientTransformation, dtype: jnp.dtype) -> optax.GradientTransformation:
+    """`inner`, its state's arrays kept in `dtype` between updates."""
+
+    def cast(state: Tree, dtype) -> Tree:
+        return jax.tree.map(lambda x: x.astype(dtype) if x.ndim else x, state)
+
+    def update(updates: Tree, state: Tree, params: Tree | None = None) -> tuple[Tree, Tree]:
+        updates, state = inner.update(updates, cast(state, jnp.float32), params)
+        return updates, cast(state, dtype)
+
+    return optax.GradientTransformation(lambda params: cast(inner.init(params), dtype), update)
 
 
 def token_losses(model: Transformer, features: Array, labels: Array, weights: Array, *, tile: int) -> Array:
@@ -222,6 +273,7 @@ _tiled_losses.defvjp(_tiled_losses_fwd, _tiled_losses_bwd)
 def batch_shapes(config: TrainConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes, types and shardings of a global batch, for compiling before there is one."""
     at = NamedSharding(mesh, token_spec(mesh))
+    at = at.with_memory_kind("device") if config.memory.offload_optimizer else at
     shape = (config.data.batch_size, config.data.seq_len)
     names = {"tokens": np.int32, "labels": np.int32, "positions": np.int32, "weights": np.float32}
     if config.data.mask_documents:
