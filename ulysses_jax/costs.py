@@ -4,6 +4,7 @@ FLOPs are the model's own: causal attention counts the visible half once, and no
 other customs beside, so that figures of others can be compared.
 """
 
+import dataclasses
 import math
 
 import numpy as np
@@ -11,15 +12,21 @@ import numpy as np
 from ulysses_jax.config import LayerMemory, MemoryConfig, ModelConfig, TrainConfig, deal_heads
 
 __all__ = [
+    "GPUS",
+    "Gpu",
     "attention_flops",
+    "device_bytes",
     "exchange_elements",
+    "host_bytes",
     "parameter_counts",
     "peak_flops",
     "rates",
     "recomputed_flops",
     "seen_pairs",
     "step_flops",
+    "step_seconds",
     "visible_pairs",
+    "wire_bytes",
 ]
 
 
@@ -176,3 +183,155 @@ def exchange_elements(config: ModelConfig, *, batch_size: int, seq_len: int, deg
 def divided_bytes(leaf_sizes: dict[str, tuple[int, bool]], devices: int, itemsize: int = 4) -> int:
     """Bytes a device for leaves of `name → (size, whether it is divided)`."""
     return sum(itemsize * (math.ceil(size / devices) if divided else size) for size, divided in leaf_sizes.values())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """What a plan knows of a kind of GPU: memory that jax may use, and the rates at which parts of a step run."""
+
+    name: str
+    memory_bytes: float
+    gemm_flops: float
+    attention_flops: float
+    """forward and backward together, counted as 3.5 times the forward"""
+    hbm_bytes_per_s: float
+    link_bytes_per_s: float
+    """leaving a device in an exchange"""
+    host_bytes_per_s: float
+    """to pinned memory or from it, each way"""
+
+
+# H100: measured on 2026-11-23 (matrices 650 TFLOP/s, the kernel 575, a leading-dim exchange 310 GB/s), but for memory traffic
+# (78 % of the datasheet's) and the host (PCIe 5, 80 %). H200 has the same cores and links; A100's are in the ratio of
+# datasheets, and cuDNN's attention: neither is measured. 0.94 of a memory is what `runtime.reserve_memory` lets jax take.
+GPUS = {
+    "h100": Gpu(
+        name="NVIDIA H100 80GB HBM3",
+        memory_bytes=0.94 * 84978434048,
+        gemm_flops=650e12,
+        attention_flops=575e12,
+        hbm_bytes_per_s=2.6e12,
+        link_bytes_per_s=310e9,
+        host_bytes_per_s=50e9,
+    ),
+    "h200": Gpu(
+        name="NVIDIA H200",
+        memory_bytes=0.94 * 150e9,
+        gemm_flops=650e12,
+        attention_flops=575e12,
+        hbm_bytes_per_s=3.7e12,
+        link_bytes_per_s=310e9,
+        host_bytes_per_s=50e9,
+    ),
+    "a100": Gpu(
+        name="NVIDIA A100-SXM4-80GB",
+        memory_bytes=0.94 * 84987740160,
+        gemm_flops=240e12,
+        attention_flops=180e12,
+        hbm_bytes_per_s=1.6e12,
+        link_bytes_per_s=200e9,
+        host_bytes_per_s=25e9,
+    ),
+}
+
+
+def saved_bytes(config: TrainConfig) -> tuple[float, float]:
+    """Bytes a device saves for the backward of all layers: (on the device, on the host)."""
+    model, tokens, size = config.model, _tokens(config), _itemsize(config.model)
+    D, N, K, H, F = model.embed_dim, model.num_heads, model.num_kv_heads, model.head_dim, model.mlp_dim
+    kv = max(K, config.mesh.seq)
+    inputs, attention = size * D, size * N * H + 4 * N
+    projections, products = size * (N + 2 * kv) * H, size * (N * H + D + 2 * F)
+    by_save = {"inputs": inputs, "attention": inputs + attention, "projections": inputs + attention + projections}
+    by_save["products"] = by_save["projections"] + products
+    by_save["all"] = by_save["products"] + size * (2 * F + 6 * D) + 4 * 2 * D  # norms in float32, and the gated products
+    group = config.memory.group(model.num_layers)
+    here, away = (sum(by_save[x.save] for x in group if x.offload == offload) for offload in (False, True))
+    return tuple(tokens * x * model.num_layers / len(group) for x in (here, away))
+
+
+def device_bytes(config: TrainConfig) -> dict[str, float]:
+    """Bytes a device at a step's peak, by part; "working" is what a layer in its backward, or the loss, needs besides.
+
+    The state is exact; the working set is fitted to compiled steps (`experiments/plan_check.py`): three times a layer's
+    gathered weights (its own, the next one's, a gradient in float32), and the most of what attention's backward (8 arrays of
+    queries' and 6.4 of keys' size) and the MLP's (4 of D and 5.3 of F) have in flight.
+    """
+    model, memory, n, size = config.model, config.memory, config.mesh.size, _itemsize(config.model)
+    tokens, counts = _tokens(config), parameter_counts(config.model)
+    D, N, K, H, F, V = model.embed_dim, model.num_heads, model.num_kv_heads, model.head_dim, model.mlp_dim, model.vocab_size
+    total, layer = sum(counts.values()), (counts["attention"] + counts["mlp"]) / model.num_layers
+    tile = min(memory.mlp_tile or tokens, tokens)
+    attention = tokens * (8 * N + 6.4 * max(K, config.mesh.seq)) * H
+    in_flight = size * max(attention, tokens * 4 * D + tile * 5.3 * F)
+    loss = min(memory.loss_tile, tokens) * V * 10 + V * D * (8 + size) + 2 * tokens * D * size
+    optimizer = 2 * total / (n if config.zero_stage >= 1 else 1) * (2 if config.optimizer.moment_dtype == "bfloat16" else 4)
+    return {
+        "parameters": 4 * total / (n if config.zero_stage >= 3 else 1),
+        "optimizer": 0.0 if memory.offload_optimizer else optimizer,
+        "gradients": 4 * total / (n if config.zero_stage >= 2 else 1),
+        "activations": saved_bytes(config)[0],
+        "working": max(3 * size * layer + in_flight, loss),
+    }
+
+
+def host_bytes(config: TrainConfig) -> dict[str, float]:
+    """Bytes of the host's pinned memory for each device, by part."""
+    total, n = sum(parameter_counts(config.model).values()), config.mesh.size
+    optimizer = 2 * total / (n if config.zero_stage >= 1 else 1) * (2 if config.optimizer.moment_dtype == "bfloat16" else 4)
+    return {"activations": saved_bytes(config)[1], "optimizer": optimizer if config.memory.offload_optimizer else 0.0}
+
+
+def wire_bytes(config: TrainConfig) -> dict[str, float]:
+    """Bytes that leave a device in a step: "exchange" for heads and back, "weights" gathered, "gradients" scattered."""
+    model, memory, mesh, n = config.model, config.memory, config.mesh, config.mesh.size
+    size, P = _itemsize(model), config.mesh.seq
+    forward = exchange_elements(
+        model, batch_size=config.data.batch_size // mesh.data, seq_len=config.data.seq_len // mesh.ring, degree=P
+    )
+    dealing = deal_heads(model.num_heads, model.num_kv_heads, P)
+    back = forward * len(dealing.queries) / (2 * (len(dealing.queries) + len(dealing.keys)))
+    again = {"inputs": forward, "attention": forward, "projections": back, "products": 0, "all": 0}
+    group = memory.group(model.num_layers)
+    exchanged = sum(2 * forward + again[x.save] for x in group) * model.num_layers / len(group)
+    total, passes = sum(parameter_counts(model).values()), config.accumulation
+    gathers = {0: 0, 1: 1, 2: 1, 3: 2 * passes}[config.zero_stage] * size * total * (n - 1) / n
+    scatters = 4 * total * (n - 1) / n * (2 if config.zero_stage < 2 else 1) * (passes if config.zero_stage >= 2 else 1)
+    return {"exchange": size * exchanged * (P - 1) / P, "weights": gathers, "gradients": scatters}
+
+
+def step_seconds(config: TrainConfig, gpu: Gpu) -> dict[str, float]:
+    """What a step is predicted to take, in s a device: "matrices", "attention", "memory" (all that is no product), "optimizer",
+    and beside them "wire" and "host", which travel while others compute; "step" is the longest of the three.
+    """
+    model, memory, n, size = config.model, config.memory, config.mesh.size, _itemsize(config.model)
+    sizes = {"batch_size": config.data.batch_size, "seq_len": config.data.seq_len}
+    pairs = config.data.batch_size * visible_pairs(
+        config.data.seq_len, is_causal=model.is_causal, window=model.local_window_size
+    )
+    kernel = model.num_layers * attention_flops(pairs, model.num_heads, model.head_dim)
+    group, named = memory.group(model.num_layers), config.implementation != "cudnn"
+    kernels_again = sum(x.save == "inputs" or (not named and x.save != "all") for x in group) / len(group) * kernel
+    again = recomputed_flops(model, memory, **sizes, named=named) - kernels_again
+    matrices = (step_flops(model, **sizes, pairs=0) + again) / n / gpu.gemm_flops
+    attention = (3.5 * kernel + kernels_again) / n / gpu.attention_flops
+    tokens = config.data.batch_size * config.data.seq_len / n
+    passes = size * tokens * (60 * model.embed_dim + 30 * model.mlp_dim) * model.num_layers
+    total = sum(parameter_counts(model).values()) / (n if config.zero_stage else 1)
+    update = 32 * total / gpu.hbm_bytes_per_s
+    moments = host_bytes(config)["optimizer"]
+    update += 2 * moments / gpu.host_bytes_per_s  # fetched, then written: a layer's update waits for both
+    parts = {"matrices": matrices, "attention": attention, "memory": passes / gpu.hbm_bytes_per_s, "optimizer": update}
+    wire = sum(wire_bytes(config).values()) / gpu.link_bytes_per_s
+    host = 2 * saved_bytes(config)[1] * config.accumulation / gpu.host_bytes_per_s
+    compute = sum(parts.values())
+    return parts | {"wire": wire, "host": host, "step": max(compute, wire, host + update)}
+
+
+def _tokens(config: TrainConfig) -> float:
+    """Tokens of a device and micro-batch."""
+    return config.data.batch_size * config.data.seq_len / config.mesh.size / config.accumulation
+
+
+def _itemsize(model: ModelConfig) -> int:
+    return 2 if model.dtype == "bfloat16" else 4

@@ -45,16 +45,19 @@ def scan_layers(layer: Layer, x: Array, stored: Tree, memory: MemoryConfig) -> A
       memory: the policy; a fraction of layers makes the body of the scan a group of layers.
     """
     layers = jax.tree.leaves(stored)[0].shape[0]
-    bodies = [rematerialize(layer, policy) for policy in memory.group(layers)]
-    size = len(bodies)
+    policies = memory.group(layers)
+    size = len(policies)
     grouped = jax.tree.map(lambda a: a.reshape(layers // size, size, *a.shape[1:]), stored) if size > 1 else stored
 
+    def member(i: int) -> Layer:
+        return lambda x, own: layer(x, jax.tree.map(lambda a: a[i], own) if size > 1 else own)
+
+    # A layer is taken from its group inside of what is computed again: outside, every layer would be saved a second time.
+    bodies = [rematerialize(member(i), policy) for i, policy in enumerate(policies)]
+
     def group(x: Array, own: Tree) -> tuple[Array, None]:
-        leaves, structure = jax.tree.flatten(own)
-        # `split` is undone by one concatenation; slices would each be padded to the group and added up
-        pieces = [[a] if size == 1 else [p[0] for p in lax.split(a, [1] * size)] for a in leaves]
-        for i, body in enumerate(bodies):
-            x = body(x, jax.tree.unflatten(structure, [p[i] for p in pieces]))
+        for body in bodies:
+            x = body(x, own)
         return x, None
 
     return lax.scan(group, x, grouped)[0]
