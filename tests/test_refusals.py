@@ -397,6 +397,15 @@ CONFIG = [
 
 COMMANDS = [
     Row("unknown command", "trian demo", ("no command 'trian'", "train", "ulysses --help")),
+    Row("a plan of no such model", "plan --model llama9", ("--model is 'llama9'", "gpt-7b", "llama3-8b")),
+    Row("a plan for no such GPU", "plan --model gpt-7b --gpu tpu", ("--gpu is 'tpu'", "h100, h200, a100")),
+    Row("a plan for no devices", "plan --model gpt-7b --devices 0", ("--devices is 0", "at least 1")),
+    Row(
+        "a plan of an uneven length", "plan --model gpt-7b --length 65537", ("--length is 65537", "a multiple of --devices = 8")
+    ),
+    Row(
+        "a plan that cannot be", "plan --model gpt-30b --devices 1 --longest", ("does not fit 1 × NVIDIA H100", "more devices")
+    ),
     Row("unknown recipe", "train dmeo", ("no recipe 'dmeo'", "demo, demo-bidirectional")),
     Row("unknown field", "train demo --data.seqlen 64", ("'--data.seqlen'", "Did you mean --data.seq-len", "--help")),
     Row("a field without its part", "train demo --seq-len 64", ("'--seq-len'", "Did you mean --data.seq-len")),

@@ -302,7 +302,7 @@ def wire_bytes(config: TrainConfig) -> dict[str, float]:
 
 def step_seconds(config: TrainConfig, gpu: Gpu) -> dict[str, float]:
     """What a step is predicted to take, in s a device: "matrices", "attention", "memory" (all that is no product), "optimizer",
-    and beside them "wire" and "host", which travel while others compute; "step" is the longest of the three.
+    and beside them "wire" and "host", which travel while others compute; "step" is what is longest, forward and backward.
     """
     model, memory, n, size = config.model, config.memory, config.mesh.size, _itemsize(config.model)
     sizes = {"batch_size": config.data.batch_size, "seq_len": config.data.seq_len}
@@ -323,9 +323,12 @@ def step_seconds(config: TrainConfig, gpu: Gpu) -> dict[str, float]:
     update += 2 * moments / gpu.host_bytes_per_s  # fetched, then written: a layer's update waits for both
     parts = {"matrices": matrices, "attention": attention, "memory": passes / gpu.hbm_bytes_per_s, "optimizer": update}
     wire = sum(wire_bytes(config).values()) / gpu.link_bytes_per_s
-    host = 2 * saved_bytes(config)[1] * config.accumulation / gpu.host_bytes_per_s
-    compute = sum(parts.values())
-    return parts | {"wire": wire, "host": host, "step": max(compute, wire, host + update)}
+    sent = saved_bytes(config)[1] * config.accumulation / gpu.host_bytes_per_s
+    compute = sum(parts.values()) - update
+    forward = step_flops(model, **sizes, pairs=0) / 3 / n / gpu.gemm_flops + kernel / n / gpu.attention_flops
+    forward += parts["memory"] / 4
+    step = max(max(forward, sent) + max(compute - forward, sent), wire) + update
+    return parts | {"wire": wire, "host": 2 * sent, "step": step}
 
 
 def _tokens(config: TrainConfig) -> float:

@@ -17,7 +17,7 @@ from ulysses_jax.config import (
     TrainConfig,
 )
 
-__all__ = ["RECIPES", "gpt_1p2b", "gpt_7b", "gpt_30b", "llama3_8b", "llama_1p3b", "llama_7b", "recipe", "tiny"]
+__all__ = ["MODELS", "RECIPES", "gpt_1p2b", "gpt_7b", "gpt_30b", "llama3_8b", "llama_1p3b", "llama_7b", "recipe", "tiny"]
 
 BYTES = 320  # 256 bytes, the end of a document, a mask, and a round number
 
@@ -178,6 +178,16 @@ def llama3_8b_128k() -> TrainConfig:
     """Llama 3.1 8B at 131,072 tokens on 8 GPUs"""
     return _long(llama3_8b(), seq_len=131072, devices=8)
 
+
+MODELS: dict[str, Callable[[], ModelConfig]] = {
+    "tiny": tiny,
+    "gpt-1.2b": gpt_1p2b,
+    "gpt-7b": gpt_7b,
+    "gpt-30b": gpt_30b,
+    "llama-1.3b": llama_1p3b,
+    "llama-7b": llama_7b,
+    "llama3-8b": llama3_8b,
+}
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "demo": demo,
