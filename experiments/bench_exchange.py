@@ -164,10 +164,9 @@ def layer(bench: Bench, mesh: Mesh, T: int, *, heads: int, kv_heads: int, chunks
         head_dim=H,
         mlp_dim=64,
         head_chunks=chunks,
-        remat="none",
     )
     attention = ShardAttention(implementation=bench.implementation)
-    graph, state = nnx.split(nnx.eval_shape(lambda: Attention(config, attention, rngs=nnx.Rngs(0))))
+    graph, state = nnx.split(nnx.eval_shape(lambda: Attention(config, attention, (), rngs=nnx.Rngs(0))))
     params = jax.tree.map(lambda s: normal(mesh, PartitionSpec(), *s.shape, scale=D**-0.5), state)
     tokens = token_spec(mesh)
     x = normal(mesh, tokens, 1, T, D)

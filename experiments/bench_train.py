@@ -1,21 +1,30 @@
-"""Tokens/s of training steps: a recipe, on the devices present, for each implementation of attention asked for.
+r"""Training steps timed: models, lengths and memory policies on the devices present, in one process; tokens are random.
 
-python -m experiments.bench_train --recipe gpt-1.2b-32k --implementations cudnn --steps 20 --out experiments/results
+    python -m experiments.bench_train --recipe llama-7b-64k --seq 2 --lengths 32768 65536 \
+        --policies save=attention save=inputs,mlp_tile=8192,offload_layers=1 --out experiments/results
+
+A policy is `field=value,…` of `MemoryConfig`. Each length is run with each policy and each implementation of attention; of the
+implementations the first is ours, the others are its peers. What does not fit is recorded as 0 tokens/s, with the reason.
 """
 
 import dataclasses
+import gc
+import json
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
 import tyro
 
 from experiments import record
 from ulysses_jax import costs, recipes
-from ulysses_jax.config import MeshConfig, TrainConfig
-from ulysses_jax.data import Packing, open_corpus, place
+from ulysses_jax.config import MemoryConfig, MeshConfig, OptimizerConfig, TrainConfig
+from ulysses_jax.data import place
 from ulysses_jax.mesh import make_mesh
+from ulysses_jax.runtime import reserve_memory
 from ulysses_jax.train import batch_shapes, build
 
 
@@ -23,76 +32,134 @@ from ulysses_jax.train import batch_shapes, build
 class Bench:
     """What to time."""
 
-    recipe: str = "gpt-1.2b-32k"
-    implementations: tuple[str, ...] = ("cudnn",)
-    seq_len: int | None = None
+    recipe: str = "llama-7b-64k"
+    implementations: tuple[str, ...] = ("pallas",)
+    lengths: tuple[int, ...] = ()
     """T; the recipe's by default"""
+    policies: tuple[str, ...] = ()
+    """memory policies, such as save=attention,mlp_tile=8192; the recipe's by default"""
     data: int = 1
     seq: int = 1
-    mask_documents: bool = False
-    """packed documents; cuDNN cannot mask them"""
-    steps: int = 20
+    batch_size: int | None = None
+    """sequences a step; one for each device along `data` by default"""
+    layers: int | None = None
+    """fewer or more layers than the recipe's"""
+    documents: int = 1
+    """packed in each sequence, of equal lengths; cuDNN cannot mask them"""
+    steps: int = 5
+    """timed, after two that are not"""
+    profile: Path | None = None
+    """a folder for a profile of one more step"""
     name: str = "train"
     """of the result file"""
     out: Path = Path("experiments/results")
 
 
-def time_steps(config: TrainConfig) -> dict[str, float]:
-    """Train `config.steps` steps; medians over all but the first two, each step waited for."""
+def policy(text: str) -> dict[str, Any]:
+    """`save=attention,mlp_tile=8192` → fields of `MemoryConfig`."""
+    fields = dict(part.split("=", 1) for part in text.split(","))
+    words = {"true": True, "false": False, "none": None}
+
+    def value(x: str) -> Any:
+        return words[x.lower()] if x.lower() in words else json.loads(x) if x[0].isdigit() else x
+
+    return {name: value(x) for name, x in fields.items()}
+
+
+def random_batch(config: TrainConfig, documents: int) -> dict[str, np.ndarray]:
+    """Random tokens, whose successors are the labels."""
+    B, T = config.data.batch_size, config.data.seq_len
+    tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, (B, T + 1), dtype=np.int32)
+    t = np.tile(np.arange(T, dtype=np.int32), (B, 1))
+    length = -(-T // documents)
+    batch = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "positions": t % length, "weights": np.ones((B, T), np.float32)}
+    return batch | ({"segment_ids": t // length + 1} if config.data.mask_documents else {})
+
+
+def time_steps(config: TrainConfig, bench: Bench) -> dict[str, float]:
+    """Median of `bench.steps` steps, each waited for; memory, compile time, losses and rates."""
     mesh = make_mesh(data=config.mesh.data, seq=config.mesh.seq)
-    packing = Packing(open_corpus(config.data).train, config.data, config.model.vocab_size)
-    program = build(config, mesh)
-    start = time.perf_counter()
+    program, start = build(config, mesh), time.perf_counter()
     step = program.step.lower(program.abstract, batch_shapes(config, mesh)).compile()
-    compiled = time.perf_counter() - start
-    state, seconds, losses = program.init(), [], []
-    for i in range(config.steps):
-        batch = place(packing.batch(i), mesh)
+    compiled, memory = time.perf_counter() - start, step.memory_analysis()
+    assert memory is not None
+    host = random_batch(config, bench.documents)
+    state, batch, seconds, losses = program.init(), place(host, mesh), [], []
+    for _ in range(bench.steps + 2):
         jax.block_until_ready((state, batch))
         start = time.perf_counter()
         state, metrics = step(state, batch)
         losses.append(float(metrics["loss"]))
         seconds.append(time.perf_counter() - start)
+    if bench.profile:
+        with jax.profiler.trace(str(bench.profile)):
+            state, metrics = step(state, batch)
+            jax.block_until_ready(state)
     typical = statistics.median(seconds[2:])
-    tokens = config.data.batch_size * config.data.seq_len
-    flops = costs.step_flops(config.model, batch_size=config.data.batch_size, seq_len=config.data.seq_len)
-    memory = step.memory_analysis()
-    assert memory is not None
+    seen = costs.seen_pairs(host["positions"], is_causal=config.model.is_causal, window=config.model.local_window_size)
     peak = max((device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in mesh.local_devices)
     return {
-        "tokens_per_s": tokens / typical,
-        "model_tflops_per_device": flops / typical / mesh.size / 1e12,
+        **costs.rates(config, typical, mesh.devices.flat[0].device_kind, pairs=seen),
         "step_s": typical,
+        "slowest_step_s": max(seconds[2:]),
         "compile_s": compiled,
-        "peak_gib": peak / 2**30,
+        "peak_gib_so_far": peak / 2**30,  # of this process: it only rises from case to case
         "compiled_gib": (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**30,
+        "compiled_host_gib": (memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes) / 2**30,
         "first_loss": losses[0],
         "last_loss": losses[-1],
     }
 
 
-UNITS = {"tokens_per_s": "tokens/s", "model_tflops_per_device": "TFLOP/s a device", "step_s": "s", "compile_s": "s"}
-UNITS |= {"peak_gib": "GiB", "compiled_gib": "GiB", "first_loss": "nats a token", "last_loss": "nats a token"}
+UNITS = {
+    "tokens_per_s": "tokens/s",
+    "tokens_per_s_per_device": "tokens/s a device",
+    "model_tflops_per_device": "TFLOP/s a device",
+}
+UNITS |= {"step_s": "s", "slowest_step_s": "s", "compile_s": "s", "peak_gib_so_far": "GiB", "compiled_gib": "GiB"}
+UNITS |= {"compiled_host_gib": "GiB", "first_loss": "nats a token", "last_loss": "nats a token"}
+
+
+def attempt(config: TrainConfig, bench: Bench) -> dict[str, Any]:
+    """`time_steps`, or 0 tokens/s and the reason."""
+    try:
+        return time_steps(config, bench)
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        return {"tokens_per_s": 0.0, "reason": f"{type(error).__name__}: {str(error)[:300]}"}
+    finally:
+        gc.collect()
 
 
 def main(bench: Bench) -> None:
-    """Time every implementation asked for; the first is ours, the others are its peers."""
-    base = recipes.recipe(bench.recipe)
-    data = dataclasses.replace(
-        base.data, seq_len=bench.seq_len or base.data.seq_len, mask_documents=bench.mask_documents, batch_size=bench.data
-    )
-    base = dataclasses.replace(base, data=data, mesh=MeshConfig(data=bench.data, seq=bench.seq), steps=bench.steps)
-    case = f"{bench.recipe} T={data.seq_len} data={bench.data} seq={bench.seq} remat={base.model.remat}"
-    figures = {}
-    for implementation in bench.implementations:
-        figures[implementation] = time_steps(dataclasses.replace(base, implementation=implementation))
-        print(case, implementation, figures[implementation], flush=True)
-    first, *others = bench.implementations
-    rows = [
-        record.row(f"{case} {first}", metric, UNITS[metric], value, **{other: figures[other][metric] for other in others})
-        for metric, value in figures[first].items()
-    ]
-    record.save(bench.name, rows, bench.out)
+    """Time every case asked for, print it, and write it after each, so that a lost machine loses one case."""
+    reserve_memory()
+    base, rows = recipes.recipe(bench.recipe), []
+    model = dataclasses.replace(base.model, num_layers=bench.layers or base.model.num_layers)
+    for length in bench.lengths or (base.data.seq_len,):
+        for text in bench.policies or ("",):
+            data = dataclasses.replace(
+                base.data, seq_len=length, mask_documents=bench.documents > 1, batch_size=bench.batch_size or bench.data
+            )
+            config = dataclasses.replace(
+                base,
+                model=model,
+                data=data,
+                mesh=MeshConfig(data=bench.data, seq=bench.seq),
+                memory=MemoryConfig(**policy(text)) if text else base.memory,
+                optimizer=OptimizerConfig(warmup_steps=2),
+                steps=1000,
+            )
+            case = f"{bench.recipe} L={model.num_layers} T={length} B={data.batch_size} data={bench.data} seq={bench.seq} "
+            case += f"documents={bench.documents} {text or 'as the recipe'}"
+            figures = {}
+            for implementation in bench.implementations:
+                figures[implementation] = attempt(dataclasses.replace(config, implementation=implementation), bench)
+                print(case, implementation, json.dumps(figures[implementation]), flush=True)
+            first, *others = bench.implementations
+            for metric, value in figures[first].items():
+                peers = {other: figures[other][metric] for other in others if metric in figures[other]}
+                rows.append(record.row(f"{case} {first}", metric, UNITS.get(metric, "1"), value, **peers))
+            record.save(bench.name, rows, bench.out)
 
 
 if __name__ == "__main__":

@@ -18,42 +18,21 @@ os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # no driver here
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import tyro
-from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from experiments import record
 from ulysses_jax import recipes
 from ulysses_jax.attention import make_mask
 from ulysses_jax.attention.hopper import HEAD_DIMS, hopper_attention
 from ulysses_jax.config import MeshConfig
-from ulysses_jax.mesh import DATA, SEQ
-from ulysses_jax.plan import ledger
-from ulysses_jax.train import batch_shapes, build
-
-# Figures of NVIDIA's H100 SXM5 80 GB datasheet and of the CUDA programming guide for compute capability 9.0.
-H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
-  shared_memory_per_block: 49152 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536 clock_rate_ghz: 1.98
-  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 device_memory_size: 84978434048
-  cuda_compute_capability { major: 9 minor: 0 }
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 8 patch: 0 }
-runtime_version { major: 13 minor: 0 patch: 0 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
+from ulysses_jax.plan import absent_mesh, compile_for, ledger
+from ulysses_jax.train import build
 
 
 def h100_mesh(*, data: int = 1, seq: int = 1) -> Mesh:
     """A training mesh of H100s that need not be there."""
-    n = data * seq
-    topology = topologies.get_topology_desc("h100", "cuda", target_config=H100, topology=f"1x1x{n}")
-    return Mesh(np.array(topology.devices[:n]).reshape(data, seq), (DATA, SEQ), axis_types=(AxisType.Auto,) * 2)
+    return absent_mesh("h100", data=data, seq=seq)
 
 
 def compile_step(recipe: str, *, data: int, seq: int, implementation: str, batch_size: int) -> list[dict]:
@@ -67,10 +46,10 @@ def compile_step(recipe: str, *, data: int, seq: int, implementation: str, batch
     )
     mesh = h100_mesh(data=data, seq=seq)
     program = build(config, mesh)
-    compiled = program.step.lower(program.abstract, batch_shapes(config, mesh)).compile()
+    compiled = compile_for(program)
     crossings, memory = ledger(compiled.as_text() or "", mesh), compiled.memory_analysis()
     assert memory is not None
-    case = f"{recipe} data={data} seq={seq} {implementation} remat={config.model.remat}"
+    case = f"{recipe} data={data} seq={seq} {implementation} {config.memory.save}"
     runs, sent = Counter(), Counter()
     for crossing in crossings:
         runs[f"{crossing.kind} over {' × '.join(crossing.axes)}"] += crossing.times

@@ -4,10 +4,12 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from tests.trainers import FAST, MODEL, collectives
 from ulysses_jax import costs, recipes
+from ulysses_jax.config import DataConfig, MemoryConfig, MeshConfig, TrainConfig
 from ulysses_jax.mesh import make_mesh
 from ulysses_jax.ulysses import ulysses_attention
 
@@ -39,6 +41,55 @@ def test_step_flops_count_a_tied_head_and_a_window():
     assert whole - windowed == 3 * 2 * 4 * 128 * (T * (T + 1) // 2 - T)
     both_ways = costs.step_flops(dataclasses.replace(model, is_causal=False), batch_size=B, seq_len=T)
     assert both_ways - whole == 3 * 2 * 4 * 128 * (T * T - T * (T + 1) // 2)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("window", [None, 0, 2])
+def test_pairs_of_packed_documents_add_up(window, is_causal):
+    """Counting positions of the row in place of those in the document breaks it."""
+    lengths = [[5, 1, 4], [10]]
+    positions = np.stack([np.concatenate([np.arange(n, dtype=np.int32) for n in row]) for row in lengths])
+    alone = sum(costs.visible_pairs(n, is_causal=is_causal, window=window) for row in lengths for n in row)
+    assert costs.seen_pairs(positions, is_causal=is_causal, window=window) == alone
+
+
+def test_recomputed_flops_are_those_of_the_products_run_again():
+    """Per token and layer of `tiny`, by hand; counting the down projection, whose output no gradient needs, breaks it."""
+    model, sizes = recipes.tiny(), {"batch_size": 3, "seq_len": 100}
+    kernel = costs.attention_flops(3 * 100 * 101 // 2, 4, 32)
+    qkv, out, gate_up = (2 * 3 * 100 * 128 * n for n in (3 * 128, 128, 2 * 384))
+    expected = {"all": 0, "products": 0, "projections": out + gate_up, "attention": out + gate_up + qkv}
+    expected["inputs"] = expected["attention"] + kernel
+    for save, flops in expected.items():
+        assert costs.recomputed_flops(model, MemoryConfig(save=save), **sizes) == 2 * flops  # pyright: ignore[reportArgumentType]
+    half = MemoryConfig(save="products", save_layers=0.5)
+    assert costs.recomputed_flops(model, half, **sizes) == expected["inputs"]
+    assert costs.recomputed_flops(model, MemoryConfig(), **sizes, named=False) == 2 * expected["inputs"]
+
+
+def test_rates_by_three_customs():
+    config = TrainConfig(model=recipes.llama_7b(), mesh=MeshConfig(seq=2), data=DataConfig(seq_len=65536, batch_size=1))
+    found = costs.rates(config, 8.0, "NVIDIA H100 80GB HBM3")
+    flops = costs.step_flops(config.model, batch_size=1, seq_len=65536)
+    assert found["tokens_per_s"] == 8192 == 2 * found["tokens_per_s_per_device"]
+    assert found["utilization"] == pytest.approx(flops / 16 / 989e12)
+    whole = costs.step_flops(dataclasses.replace(config.model, is_causal=False), batch_size=1, seq_len=65536)
+    assert found["utilization_full_square"] == pytest.approx(whole / 16 / 989e12)
+    assert found["utilization"] < found["utilization_with_recompute"] < found["utilization_full_square"]
+    packed = costs.rates(config, 8.0, "NVIDIA H100 80GB HBM3", pairs=16 * costs.visible_pairs(4096, is_causal=True))
+    assert packed["utilization"] < found["utilization"]
+    assert packed["utilization_full_square"] == found["utilization_full_square"]
+    assert "utilization" not in costs.rates(config, 8.0, "cpu")
+
+
+def test_a_rate_above_the_peak_is_refused():
+    """Trap 2; Megatron-Bridge#2667 reported 1,937 TFLOP/s of such a chip. Comparing all devices' rate with it breaks it."""
+    config = TrainConfig(model=recipes.llama_7b(), mesh=MeshConfig(seq=2), data=DataConfig(seq_len=65536, batch_size=1))
+    assert costs.rates(config, 4.0, "NVIDIA H100 80GB HBM3")["model_tflops_per_device"] < 989
+    with pytest.raises(
+        ValueError, match=r"took 1.5 s, which is 1,9\d\d TFLOP/s a device, but the peak of NVIDIA H100 .* is 989"
+    ):
+        costs.rates(config, 1.5, "NVIDIA H100 80GB HBM3")
 
 
 @pytest.mark.parametrize("degree", [2, 4, 8])

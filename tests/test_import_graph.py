@@ -16,7 +16,8 @@ LAYERS = {
     "costs": {"config"},
     "mesh": {"config"},
     "attention": {"config"},
-    "memory": {"config"},
+    # The types of loop carries inside a shard_map are attention's.
+    "memory": {"config", "attention"},
     "report": {"config"},
     "ring": {"mesh", "attention"},
     # The rule of head counts is config's.

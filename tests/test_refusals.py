@@ -43,7 +43,7 @@ from ulysses_jax import (
     zero_shardings,
 )
 from ulysses_jax.checkpoint import Checkpoints
-from ulysses_jax.config import CheckpointConfig, DataConfig, MeshConfig, OptimizerConfig, RopeScaling
+from ulysses_jax.config import CheckpointConfig, DataConfig, MemoryConfig, MeshConfig, OptimizerConfig, RopeScaling
 from ulysses_jax.data import open_corpus
 from ulysses_jax.report import claim
 from ulysses_jax.train import build
@@ -124,6 +124,10 @@ def model(**changes: Any) -> ModelConfig:
 def apply(tokens: Any, **options: Any) -> object:
     """A model on concrete tokens; nothing is compiled."""
     return jax.eval_shape(lambda: Transformer(NARROW_MODEL, rngs=nnx.Rngs(0))(tokens, **options))
+
+
+def memory(**fields: Any) -> MemoryConfig:
+    return MemoryConfig(**fields)
 
 
 def train(**changes: Any) -> TrainConfig:
@@ -472,7 +476,24 @@ CONFIG = [
     Row("no layers", lambda: model(num_layers=0), ("model.num_layers is 0", "at least 1")),
     Row("K does not divide N, in a config", lambda: model(num_kv_heads=3), ("is 3", "must divide model.num_heads = 2")),
     Row("an odd head size", lambda: model(head_dim=5), ("model.head_dim is 5", "must be even")),
-    Row("unknown remat", lambda: model(remat="half"), ("model.remat is 'half'", "one of none, attention, full")),
+    Row("unknown save", lambda: memory(save="half"), ("memory.save is 'half'", "one of inputs, attention, projections")),
+    Row("a fraction beyond 1", lambda: memory(offload_layers=2.0), ("memory.offload_layers is 2.0", "in [0, 1]")),
+    Row(
+        "a fraction of no group",
+        lambda: train(memory=memory(save_layers=0.3)),
+        ("memory.save_layers is 0.3", "nearest"),
+    ),
+    Row(
+        "everything to the host",
+        lambda: memory(save="all", offload_layers=0.5),
+        ("memory.offload_layers is 0.5 and memory.save is 'all'", "use 'products'"),
+    ),
+    Row(
+        "products of tiles",
+        lambda: memory(save="products", mlp_tile=64),
+        ("memory.mlp_tile is 64 and memory.save is 'products'", "leave out mlp_tile"),
+    ),
+    Row("tiles of nothing", lambda: memory(mlp_tile=0), ("memory.mlp_tile is 0", "at least 1")),
     Row("unknown dtype", lambda: model(dtype="float16"), ("model.dtype is 'float16'", "one of bfloat16, float32")),
     Row("a negative window, in a config", lambda: model(local_window_size=-1), ("local_window_size is -1", "at least 0")),
     Row("a cap of 0", lambda: model(logits_soft_cap=0.0), ("model.logits_soft_cap is 0.0", "> 0", "None for no cap")),
@@ -516,6 +537,15 @@ CONFIG = [
 
 COMMANDS = [
     Row("unknown command", "trian demo", ("no command 'trian'", "train", "ulysses --help")),
+    Row("a plan of no such model", "plan --model llama9", ("--model is 'llama9'", "gpt-7b", "llama3-8b")),
+    Row("a plan for no such GPU", "plan --model gpt-7b --gpu tpu", ("--gpu is 'tpu'", "h100, h200, a100")),
+    Row("a plan for no devices", "plan --model gpt-7b --devices 0", ("--devices is 0", "at least 1")),
+    Row(
+        "a plan of an uneven length", "plan --model gpt-7b --length 65537", ("--length is 65537", "a multiple of --devices = 8")
+    ),
+    Row(
+        "a plan that cannot be", "plan --model gpt-30b --devices 1 --longest", ("does not fit 1 × NVIDIA H100", "more devices")
+    ),
     Row("unknown recipe", "train dmeo", ("no recipe 'dmeo'", "demo, demo-bidirectional")),
     Row("unknown field", "train demo --data.seqlen 64", ("'--data.seqlen'", "Did you mean --data.seq-len", "--help")),
     Row("a field without its part", "train demo --seq-len 64", ("'--seq-len'", "Did you mean --data.seq-len")),

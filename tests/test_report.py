@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from ulysses_jax import recipes
-from ulysses_jax.config import CheckpointConfig, MeshConfig, TrainConfig, to_dict
+from ulysses_jax.config import CheckpointConfig, MemoryConfig, MeshConfig, TrainConfig, to_dict
 from ulysses_jax.report import claim, conclude, describe, draw_losses, read_metrics, read_summary, reporting
 
 CONFIG = recipes.recipe("demo")
@@ -49,9 +49,9 @@ def test_a_process_that_may_not_write_leaves_no_folder(tmp_path):
         changed(zero_stage=1),
         changed(accumulation=2),
         changed(checkpoint=CheckpointConfig(every=7)),
-        changed(model=dataclasses.replace(CONFIG.model, remat="none")),
+        changed(memory=MemoryConfig(save="all")),
     ],
-    ids=["mesh", "ZeRO stage", "accumulation", "checkpoint", "remat"],
+    ids=["mesh", "ZeRO stage", "accumulation", "checkpoint", "memory"],
 )
 def test_a_run_may_go_on_elsewhere(tmp_path, now):
     """Broken by comparing the configs whole."""

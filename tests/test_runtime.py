@@ -78,6 +78,21 @@ def test_processes_join_by_the_variables_of_their_launcher(joined, monkeypatch, 
     assert joined == calls
 
 
+def test_memory_is_reserved_unless_the_user_says_how(monkeypatch):
+    """Setting both of jax's names for the fraction breaks it: jax then refuses to start."""
+    names = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB")
+    for name in names:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    runtime.reserve_memory()
+    assert os.environ["XLA_CLIENT_MEM_FRACTION"] == "0.94"
+    assert int(os.environ["XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"]) >= 1
+    monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION")
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
+    runtime.reserve_memory()
+    assert "XLA_CLIENT_MEM_FRACTION" not in os.environ
+
+
 def test_a_platform_without_devices_is_named(joined, monkeypatch):
     def no_devices():
         raise RuntimeError("Unable to initialize backend 'cuda'\nand much more")

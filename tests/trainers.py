@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from ulysses_jax import train
-from ulysses_jax.config import DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+from ulysses_jax.config import DataConfig, MemoryConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from ulysses_jax.data import place
 from ulysses_jax.mesh import make_mesh
 from ulysses_jax.train import build
@@ -35,16 +35,24 @@ MODEL = ModelConfig(
 LENGTH = 24
 
 
-def tiny(data: int = 1, seq: int = 1, *, model: dict | None = None, mask_documents: bool = True, **options: Any) -> TrainConfig:
+def tiny(
+    data: int = 1,
+    seq: int = 1,
+    *,
+    model: dict | None = None,
+    memory: dict | None = None,
+    mask_documents: bool = True,
+    **options: Any,
+) -> TrainConfig:
     """A run of the tiny model; the loss's tiles do not fit the tokens of a device."""
     defaults = {
         "model": dataclasses.replace(MODEL, **model or {}),
         "mesh": MeshConfig(data=data, seq=seq),
+        "memory": MemoryConfig(**{"save": "inputs", "loss_tile": 10} | (memory or {})),
         "data": DataConfig(seq_len=LENGTH, batch_size=8, mask_documents=mask_documents),
         "optimizer": OptimizerConfig(warmup_steps=5, learning_rate=3e-3),
         "steps": 20,
         "implementation": "xla",
-        "loss_tile": 10,
     }
     return TrainConfig(**defaults | options)
 

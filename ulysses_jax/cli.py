@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import json
 import logging
 import math
 import re
@@ -23,7 +24,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from ulysses_jax import costs, recipes, runtime
-from ulysses_jax.config import MeshConfig, TrainConfig, deal_heads, to_dict
+from ulysses_jax.config import MemoryConfig, MeshConfig, TrainConfig, deal_heads, to_dict
 from ulysses_jax.report import show
 
 __all__ = ["main"]
@@ -31,7 +32,8 @@ __all__ = ["main"]
 USAGE = """usage: ulysses train RECIPE [--out DIR] [--dry-run] [--field value …]
        ulysses train RECIPE --help     every field, with its value in this recipe
        ulysses train --list            the recipes
-       ulysses verify RECIPE [--field value …]     is the parallel step what one device computes?"""
+       ulysses verify RECIPE [--field value …]     is the parallel step what one device computes?
+       ulysses plan --model NAME --gpu h100 --devices 8 [--length T | --longest]     what will it need and take?"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,8 +83,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(USAGE)
             case ["verify", *_]:
                 raise ValueError(f"verify needs a recipe first; the recipes are {', '.join(recipes.RECIPES)}.")
+            case ["plan", *rest]:
+                return plan(rest, console)
             case [command, *_]:
-                raise ValueError(f"there is no command {command!r}; the commands are: train, verify. See ulysses --help.")
+                raise ValueError(f"there is no command {command!r}; the commands are: train, verify, plan. See ulysses --help.")
     except (ValueError, NotImplementedError, OSError) as error:
         if not _is_refusal(error):
             raise
@@ -217,6 +221,104 @@ def verify(name: str, arguments: Sequence[str], console: Console) -> int:
     }
     show(console, f"{name}, shrunk to T = {verdict.config.data.seq_len} and 2 layers", rows)
     return 1 if verdict.faults else 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanCommand:
+    """What a training step needs and takes on GPUs that need not be there, and the memory policy to give it."""
+
+    model: str
+    """a model (llama3-8b, gpt-7b, llama-7b, …) or a recipe"""
+    gpu: str = "h100"
+    """h100, h200 or a100"""
+    devices: int = 8
+    """all along the sequence"""
+    length: int | None = None
+    """tokens of a sequence; the recipe's by default, or 131,072"""
+    longest: bool = False
+    """search for the longest that fits"""
+    host_gib: float = 128.0
+    """the host's memory for each device"""
+    compile: bool = False
+    """compile the real step as well, for which jax's CUDA wheels are needed"""
+    json: bool = False
+    """print one JSON object"""
+
+
+def plan(arguments: Sequence[str], console: Console) -> int:
+    """`ulysses plan`."""
+    from ulysses_jax.plan import certify, longest_plan, make_plan
+
+    command = _plan_command(arguments)
+    gpu, recipe = costs.GPUS[command.gpu], recipes.RECIPES.get(command.model)
+    model = recipe().model if recipe else recipes.MODELS[command.model]()
+    length = command.length or (recipe().data.seq_len if recipe else 131072)
+    limit = command.host_gib * 2**30
+    if command.longest:
+        found = longest_plan(model, gpu, command.devices, host_limit=limit)
+    else:
+        found = make_plan(model, gpu, command.devices, length, host_limit=limit)
+    if found is None:
+        tokens = f"{4096 * command.devices if command.longest else length:,}"
+        raise ValueError(
+            f"{command.model} at {tokens} tokens does not fit {command.devices} × {gpu.name} with {command.host_gib:g} GiB of "
+            "host memory each, whatever is recomputed or sent to the host. Use more devices, or a shorter --length."
+        )
+    compiled = certify(found) if command.compile else None
+    if command.json:
+        print(json.dumps(found.to_dict() | ({"compiled": compiled} if compiled else {}), indent=1))
+        return 0
+    config, seconds = found.config, found.seconds
+    memory = {k: v for k, v in to_dict(config.memory).items() if v != to_dict(MemoryConfig())[k]}
+    title = f"{command.model} at {config.data.seq_len:,} tokens on {command.devices} × {gpu.name}"
+    flags = " ".join(f"--memory.{name.replace('_', '-')} {value}" for name, value in memory.items())
+    show(
+        console,
+        title,
+        {"policy": flags or "the default: attention's outputs are saved", "attention": str(config.implementation)},
+    )
+    rows = {k: _bytes(v) for k, v in found.device.items() if v} | {"all": _bytes(sum(found.device.values()))}
+    rows["of"] = _bytes(gpu.memory_bytes)
+    if compiled:
+        rows["all, compiled"] = f"{_bytes(compiled['device_bytes'])} ({compiled['compile_seconds']:.0f} s)"
+    show(console, "bytes a device", rows)
+    host = {k: _bytes(v) for k, v in found.host.items() if v}
+    if compiled and compiled["host_bytes"]:
+        host["all, compiled"] = _bytes(compiled["host_bytes"])
+    if host:
+        show(console, "bytes of the host, for each device", host)
+    show(console, "bytes that leave a device in a step", {k: _bytes(v) for k, v in found.wire.items()})
+    rates = costs.rates(config, seconds["step"], gpu.name)
+    times = {k: f"{v:.3g} s" for k, v in seconds.items()}
+    times["wire"] += " beside them"
+    times["host"] += " beside them"
+    times["speed"] = f"{rates['tokens_per_s']:,.0f} tokens/s, {rates['utilization']:.0%} of peak"
+    show(console, "predicted time of a step", times)
+    return 0
+
+
+def _plan_command(arguments: Sequence[str]) -> PlanCommand:
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            command = tyro.cli(PlanCommand, args=list(arguments), prog="ulysses plan", config=(tyro.conf.FlagCreatePairsOff,))
+    except SystemExit as stop:
+        if stop.code in (0, None):  # --help
+            raise
+        raise ValueError(f"{_inside(box.getvalue())} See ulysses plan --help.") from None
+    known = [*recipes.MODELS, *recipes.RECIPES]
+    if command.model not in known:
+        raise ValueError(f"--model is {command.model!r}; it must be one of {', '.join(known)}.")
+    if command.gpu not in costs.GPUS:
+        raise ValueError(f"--gpu is {command.gpu!r}; it must be one of {', '.join(costs.GPUS)}.")
+    if command.devices < 1:
+        raise ValueError(f"--devices is {command.devices}; it must be at least 1.")
+    if command.length is not None and (command.longest or command.length % command.devices or command.length < 2):
+        raise ValueError(
+            f"--length is {command.length}; it must be a multiple of --devices = {command.devices}, at least 2, and stands "
+            "without --longest."
+        )
+    return command
 
 
 def dry_run(config: TrainConfig, console: Console) -> None:

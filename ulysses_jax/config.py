@@ -15,6 +15,8 @@ __all__ = [
     "CheckpointConfig",
     "DataConfig",
     "Dealing",
+    "LayerMemory",
+    "MemoryConfig",
     "MeshConfig",
     "ModelConfig",
     "OptimizerConfig",
@@ -25,7 +27,7 @@ __all__ = [
     "to_dict",
 ]
 
-type Remat = Literal["none", "attention", "full"]
+type Save = Literal["inputs", "attention", "projections", "products", "all"]
 type Dtype = Literal["bfloat16", "float32"]
 type Implementation = Literal["pallas", "cudnn", "xla", "reference"]
 
@@ -130,8 +132,6 @@ class ModelConfig:
     """ε of RMSNorm"""
     dtype: Dtype = "bfloat16"
     """of activations and of the weights as used; parameters are float32"""
-    remat: Remat = "full"
-    """what the backward recomputes: nothing, all but attention, or whole layers"""
     head_chunks: int = 1
     """attention in this many parts, by heads, one after the other; divides the KV heads of a device"""
 
@@ -153,6 +153,93 @@ class ModelConfig:
             raise ValueError(f"model.logits_soft_cap is {self.logits_soft_cap}; it must be > 0, or None for no cap.")
         if self.local_window_size is not None:
             _at_least("model.local_window_size", self.local_window_size, 0)
+
+
+MAX_GROUP = 8  # layers in the body of the scan: the compiled program grows with them
+
+
+class LayerMemory(NamedTuple):
+    """What one layer keeps for its backward, and where."""
+
+    save: Save
+    offload: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MemoryConfig:
+    """What a step keeps for its backward, computes again, cuts into tiles, or sends to the host.
+
+    A layer saves, in bytes of B·T/P tokens each of 2·(…) in bfloat16:
+
+        inputs        D                       its input; everything else is computed again
+        attention     + N·H                   attention's output and log-sum-exp, so that the kernel is not run again
+        projections   + (N + 2·K)·H           queries, keys and values as attention took them: nothing is exchanged again but
+                                              attention's output
+        products      + N·H + D + 2·F         that output as exchanged, the sum after attention, gate and up: no product of
+                                              matrices is computed again
+        all           everything, unnamed intermediates too
+
+    Fractions of layers are realised within groups of up to 8 consecutive layers, all groups alike: the first of a group go to
+    the host, the last of it save `save`, the others `save_others`.
+    """
+
+    save: Save = "attention"
+    """what layers save: inputs, attention (and inputs), projections (and those), products (and those), or all"""
+    save_layers: float = 1.0
+    """the fraction of layers that do; a multiple of 1/8, or of one over a smaller divisor of num_layers"""
+    save_others: Save = "inputs"
+    """what the other layers save"""
+    offload_layers: float = 0.0
+    """the fraction of layers whose saved activations wait in the host's pinned memory"""
+    mlp_tile: int | None = None
+    """tokens whose hidden activations [tile, F] exist at one time; all of a device's by default"""
+    loss_tile: int = 2048
+    """tokens whose logits [tile, V] exist at one time"""
+    offload_optimizer: bool = False
+    """the optimizer's moments wait in the host's pinned memory; the update fetches them a layer at a time"""
+
+    def __post_init__(self):
+        _check_types(self, "memory.")
+        for name in ("save_layers", "offload_layers"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"memory.{name} is {getattr(self, name)}; it is a fraction of layers and must be in [0, 1].")
+        _at_least("memory.loss_tile", self.loss_tile, 1)
+        for name, layers in (("save", self.save_layers), ("save_others", 1 - self.save_layers)):
+            save = getattr(self, name) if layers else "inputs"
+            if save == "all" and self.offload_layers:
+                raise ValueError(
+                    f"memory.offload_layers is {self.offload_layers} and memory.{name} is 'all', whose activations have no "
+                    "names to send them by; use 'products' or less."
+                )
+            if save == "products" and self.mlp_tile is not None:
+                raise ValueError(
+                    f"memory.mlp_tile is {self.mlp_tile} and memory.{name} is 'products', but tiles are there so that the "
+                    "products of all tokens need not be; use 'projections', or leave out mlp_tile."
+                )
+        if self.mlp_tile is not None:
+            _at_least("memory.mlp_tile", self.mlp_tile, 1)
+
+    def group(self, num_layers: int) -> tuple[LayerMemory, ...]:
+        """The policy of each layer of a group; groups of this length, one after the other, are all layers.
+
+        Raises:
+          ValueError: fractions that no group of at most `MAX_GROUP` layers has.
+        """
+        sizes = [k for k in range(1, MAX_GROUP + 1) if num_layers % k == 0]
+        fractions = {"save_layers": self.save_layers, "offload_layers": self.offload_layers}
+        for k in sizes:
+            saving, sent = (fraction * k for fraction in fractions.values())
+            if abs(saving - round(saving)) < 1e-6 and abs(sent - round(sent)) < 1e-6:
+                return tuple(
+                    LayerMemory(self.save if i >= k - round(saving) else self.save_others, i < round(sent)) for i in range(k)
+                )
+        has = sorted({i / k for k in sizes for i in range(k + 1)})
+        name = next((n for n, f in fractions.items() if min(abs(f - x) for x in has) > 1e-6), "offload_layers")
+        near = min(has, key=lambda x: abs(x - fractions[name]))
+        raise ValueError(
+            f"memory.{name} is {fractions[name]}, which {num_layers} layers cannot have in equal groups of at most {MAX_GROUP} "
+            f"together with {fractions}; groups may be of {sizes} layers. The nearest fraction is {near:g}."
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -239,6 +326,8 @@ class OptimizerConfig:
     """on matrices only"""
     clip_norm: float = 1.0
     """largest global norm of the gradient"""
+    moment_dtype: Dtype = "float32"
+    """in which both moments are kept; they are computed in float32"""
 
     def __post_init__(self):
         _check_types(self, "optimizer.")
@@ -277,6 +366,7 @@ class TrainConfig:
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    memory: MemoryConfig = MemoryConfig()
     zero_stage: int = 3
     """0: replicate; 1: divide the optimizer's state over all devices; 2: gradients too; 3: parameters too"""
     steps: int = 1000
@@ -284,8 +374,6 @@ class TrainConfig:
     """micro-batches a step, one after the other"""
     implementation: Implementation | None = None
     """of attention; chosen by the hardware by default"""
-    loss_tile: int = 1024
-    """tokens whose logits exist at one time"""
     log_every: int = 10
     eval_every: int = 0
     """steps between evaluations; 0: only at the end"""
@@ -299,7 +387,7 @@ class TrainConfig:
 
     def __post_init__(self):
         _check_types(self)
-        for name in ("steps", "accumulation", "loss_tile", "log_every", "eval_batches"):
+        for name in ("steps", "accumulation", "log_every", "eval_batches"):
             _at_least(name, getattr(self, name), 1)
         for name in ("eval_every", "seed"):
             _at_least(name, getattr(self, name), 0)
@@ -307,6 +395,7 @@ class TrainConfig:
             raise ValueError(f"zero_stage is {self.zero_stage}; it must be 0, 1, 2 or 3.")
         if self.wandb == "":
             raise ValueError("wandb is ''; it must be the name of a project, or None for no tracking.")
+        self.memory.group(self.model.num_layers)
         if self.data.seq_len % (parts := self.mesh.parts):
             named = f"mesh.seq = {parts}" if self.mesh.ring == 1 else f"2 × mesh.ring × mesh.seq = {parts}"
             raise ValueError(

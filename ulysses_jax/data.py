@@ -17,7 +17,6 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import grain
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
@@ -189,6 +188,8 @@ class Packing:
 
 def read_ahead(packing: Packing, steps: range) -> Iterator[Batch]:
     """The batches of some steps, prepared a few ahead on other threads (grain)."""
+    import grain  # reads ahead only: what else is here works without it
+
     dataset = grain.MapDataset.range(steps.start, steps.stop, steps.step).map(packing.batch)
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
 

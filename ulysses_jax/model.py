@@ -18,12 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.core import Tracer
 
 from ulysses_jax.attention import Mask, dot_product_attention, in_words, take_heads
 from ulysses_jax.attention.blocked import varying_like
-from ulysses_jax.config import ModelConfig, RopeScaling, check_chunks, deal_heads
-from ulysses_jax.memory import rematerialize
+from ulysses_jax.config import MemoryConfig, ModelConfig, RopeScaling, check_chunks, deal_heads
+from ulysses_jax.memory import NAMES, map_tiles, scan_layers
 
 __all__ = ["Transformer", "apply_rope", "rope_wavelengths"]
 
@@ -46,9 +47,9 @@ class RMSNorm(nnx.Module):
 class Attention(nnx.Module):
     """Projections around whatever attention the model was handed."""
 
-    def __init__(self, config: ModelConfig, attention: Callable, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, attention: Callable, keep: tuple[str, ...] = NAMES["attention"], *, rngs: nnx.Rngs):
         D, N, K, H = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
-        self.config, self.attention = config, attention
+        self.config, self.attention, self.keep = config, attention, keep
         self.query = _weight(rngs, (D, N, H), fan_in=D)
         self.key = _weight(rngs, (D, K, H), fan_in=D)
         self.value = _weight(rngs, (D, K, H), fan_in=D)
@@ -66,8 +67,7 @@ class Attention(nnx.Module):
         if config.head_chunks == 1:
             return self._add(weights, x, y, angles, segment_ids, mask)[1]
         # Where the layer is recomputed as a whole, its chunks keep what the kernel gave then, rather than run it a third time.
-        kept = ("attention_out", "attention_lse") if config.remat != "none" else ()
-        add = jax.checkpoint(self._add, policy=jax.checkpoint_policies.save_only_these_names(*kept))
+        add = jax.checkpoint(self._add, policy=jax.checkpoint_policies.save_only_these_names(*self.keep))
         chunks = {name: jnp.split(w, config.head_chunks, axis=-3 if name == "out" else -2) for name, w in weights.items()}
         before = y
         for i in range(config.head_chunks):
@@ -122,6 +122,7 @@ class Attention(nnx.Module):
         )
         attend = functools.partial(self.attention, logits_soft_cap=config.logits_soft_cap, **options)
         z = attend(q, k, v) if len(q) > 1 else attend(q[0], k[0], v[0])[None]
+        z = checkpoint_name(z, "attention_exchanged")
         return x, _contract(y, z, weights["out"])
 
 
@@ -206,30 +207,40 @@ _contract.defvjp(lambda y, z, w: (_contract(y, z, w), (z, w)), _contract_backwar
 
 
 class MLP(nnx.Module):
-    """SwiGLU: (silu(x Wg) ∘ x Wu) Wd (arXiv 2002.05202)."""
+    """SwiGLU: (silu(x Wg) ∘ x Wu) Wd (arXiv 2002.05202), on `tile` tokens at a time if given."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, tile: int | None = None, *, rngs: nnx.Rngs):
         D, F = config.embed_dim, config.mlp_dim
+        self.tile = tile
         self.gate = _weight(rngs, (D, F), fan_in=D)
         self.up = _weight(rngs, (D, F), fan_in=D)
         self.down = _weight(rngs, (F, D), fan_in=F * 2 * config.num_layers)
 
     def __call__(self, x: Array) -> Array:
-        gate, up, down = (w[...].astype(x.dtype) for w in (self.gate, self.up, self.down))
-        return (jax.nn.silu(x @ gate) * (x @ up)) @ down
+        weights = tuple(w[...].astype(x.dtype) for w in (self.gate, self.up, self.down))
+        if self.tile is None or self.tile >= x.shape[0] * x.shape[1]:
+            return swiglu(weights, x)
+        return map_tiles(swiglu, weights, x, self.tile)
+
+
+def swiglu(weights: tuple[Array, Array, Array], x: Array) -> Array:
+    """(silu(x Wg) ∘ x Wu) Wd for weights (Wg, Wu [D, F], Wd [F, D]); x […, D]."""
+    gate, up, down = weights
+    gated, upped = (checkpoint_name(x @ w, "mlp_products") for w in (gate, up))
+    return (jax.nn.silu(gated) * upped) @ down
 
 
 class Layer(nnx.Module):
     """Attention and MLP, each normalised before and added to its input."""
 
-    def __init__(self, config: ModelConfig, attention: Callable, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, attention: Callable, memory: MemoryConfig, *, rngs: nnx.Rngs):
         self.attention_norm = RMSNorm(config.embed_dim, config.norm_eps)
-        self.attention = Attention(config, attention, rngs=rngs)
+        self.attention = Attention(config, attention, () if memory.save == "all" else NAMES["attention"], rngs=rngs)
         self.mlp_norm = RMSNorm(config.embed_dim, config.norm_eps)
-        self.mlp = MLP(config, rngs=rngs)
+        self.mlp = MLP(config, memory.mlp_tile, rngs=rngs)
 
     def __call__(self, x: Array, angles: Array, segment_ids: Array | None, mask: Mask | None) -> Array:
-        x = x + self.attention(self.attention_norm(x), angles, segment_ids, mask)
+        x = checkpoint_name(x + self.attention(self.attention_norm(x), angles, segment_ids, mask), "attention_sum")
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -249,6 +260,7 @@ class Transformer(nnx.Module):
         compared by value: `dot_product_attention` (default), `attention_fn(mesh)` for global arrays, or
         `ShardAttention()` inside a `shard_map`.
       unshard: stored parameters of one part of the model → parameters as used; identity by default.
+      memory: what the layers keep for their backward; `MemoryConfig()` by default.
       rngs: source of the initial values.
     """
 
@@ -258,23 +270,25 @@ class Transformer(nnx.Module):
         *,
         attention: Callable = dot_product_attention,
         unshard: Unshard | None = None,
+        memory: MemoryConfig | None = None,
         rngs: nnx.Rngs,
     ):
         for name, value, ok, wanted in (
             ("config", config, isinstance(config, ModelConfig), "a ModelConfig, such as recipes.tiny()"),
             ("attention", attention, callable(attention), "a function of (q, k, v), such as attention_fn(mesh)"),
             ("unshard", unshard, unshard is None or callable(unshard), "a function of stored parameters, or None"),
+            ("memory", memory, memory is None or isinstance(memory, MemoryConfig), "a MemoryConfig, or None"),
             ("rngs", rngs, isinstance(rngs, nnx.Rngs), "nnx.Rngs, such as nnx.Rngs(0)"),
         ):
             if not ok:
                 raise ValueError(f"{name} is {in_words(value)}; it must be {wanted}.")
-        self.config, self.unshard = config, unshard
+        self.config, self.unshard, self.memory = config, unshard, (memory := memory or MemoryConfig())
         self.embedding = Embedding(config, rngs=rngs)
 
         @nnx.split_rngs(splits=config.num_layers)
         @nnx.vmap(in_axes=0, out_axes=0)
         def stacked(rngs: nnx.Rngs) -> Layer:
-            return Layer(config, attention, rngs=rngs)
+            return Layer(config, attention, memory, rngs=rngs)
 
         self.layers = stacked(rngs)
         self.norm = RMSNorm(config.embed_dim, config.norm_eps)
@@ -322,12 +336,11 @@ class Transformer(nnx.Module):
         x = self._used(self.embedding).table[tokens].astype(config.dtype)
         layer, stored = nnx.split(self.layers)
 
-        def apply(x: Array, stored: nnx.State) -> tuple[Array, None]:
+        def apply(x: Array, stored: nnx.State) -> Array:
             used = nnx.merge(layer, self.unshard(stored) if self.unshard else stored)
-            return used(x, angles, segment_ids, mask), None
+            return used(x, angles, segment_ids, mask)
 
-        x, _ = lax.scan(rematerialize(apply, config.remat), x, stored)
-        return self._used(self.norm)(x)
+        return self._used(self.norm)(scan_layers(apply, x, stored, self.memory))
 
     def output_table(self) -> Array:
         """The output matrix [V, D], gathered: the embedding's own where tied."""

@@ -1,4 +1,10 @@
-"""The communication ledger: what a compiled program sends, read from the program itself.
+"""What a run will need, and what a compiled program sends.
+
+A plan is made in closed form (`costs`), before anything is rented: of the memory policies that fit a GPU it takes the one
+predicted to be fastest. Where the CUDA wheels are installed, the real step is compiled for the GPU as a certificate; no GPU is
+needed for that.
+
+The communication ledger is read from a program itself.
 
 XLA may add, merge, split or move collectives, so what a step really crosses is read off the optimised HLO: each collective
 with the mesh axes it spans, the bytes a device hands to it, how often a step runs it (loops multiply), and where in the source
@@ -6,14 +12,27 @@ it comes from.
 """
 
 import dataclasses
+import itertools
+import json
 import math
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
+from typing import Any
 
+import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh
 
-__all__ = ["Crossing", "ledger"]
+from ulysses_jax import costs
+from ulysses_jax.config import DataConfig, MemoryConfig, MeshConfig, ModelConfig, TrainConfig, to_dict
+from ulysses_jax.memory import HOST
+from ulysses_jax.mesh import DATA, SEQ
+from ulysses_jax.train import Program, batch_shapes, build
+
+__all__ = ["Crossing", "Plan", "absent_mesh", "certify", "compile_for", "ledger", "longest_plan", "make_plan"]
 
 KINDS = ("all-to-all", "all-gather", "all-reduce", "reduce-scatter", "collective-permute")
 ITEMSIZE = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8}
@@ -129,3 +148,207 @@ def _itemsize(dtype: str) -> int:
 def _source(attributes: str) -> str:
     named = re.search(r'op_name="([^"]*)"', attributes)
     return named[1] if named else ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A run that fits, in bytes and seconds a device."""
+
+    gpu: costs.Gpu
+    config: TrainConfig
+    host_limit: float
+    """bytes of the host's memory for each device"""
+
+    @property
+    def device(self) -> dict[str, float]:
+        """bytes on the device, by part"""
+        return costs.device_bytes(self.config)
+
+    @property
+    def host(self) -> dict[str, float]:
+        """bytes in the host's pinned memory, by part"""
+        return costs.host_bytes(self.config)
+
+    @property
+    def wire(self) -> dict[str, float]:
+        """bytes that leave the device in a step, by part"""
+        return costs.wire_bytes(self.config)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """of a step, by part; "step" is the whole"""
+        return costs.step_seconds(self.config, self.gpu)
+
+    @property
+    def fits(self) -> bool:
+        return sum(self.device.values()) <= self.gpu.memory_bytes and sum(self.host.values()) <= self.host_limit
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        parts = {"device_bytes": self.device, "host_bytes": self.host, "wire_bytes": self.wire, "seconds": self.seconds}
+        return {
+            "gpu": self.gpu.name,
+            "memory_bytes": self.gpu.memory_bytes,
+            "fits": self.fits,
+            **parts,
+            "config": to_dict(self.config),
+        }
+
+
+def policies(num_layers: int) -> Iterator[MemoryConfig]:
+    """Every policy worth trying."""
+    kinds: list[dict[str, Any]] = [
+        {"save": "products", "save_layers": f, "save_others": o} for f in (1, 0.5, 0.25) for o in ("attention",)
+    ]
+    kinds += [{"save": "projections", "save_layers": f, "save_others": "attention"} for f in (1, 0.5, 0.25)]
+    kinds += [{"save": "attention", "save_layers": f} for f in (1, 0.75, 0.5, 0.25)] + [{"save": "inputs"}]
+    for kind, sent, tile, optimizer in itertools.product(kinds, (0, 0.25, 0.5, 0.75, 1), (None, 8192), (False, True)):
+        if tile and kind["save"] == "products":
+            continue
+        memory = MemoryConfig(**kind, offload_layers=sent, mlp_tile=tile, offload_optimizer=optimizer)
+        try:
+            memory.group(num_layers)
+        except ValueError:  # a fraction that this depth does not have
+            continue
+        yield memory
+
+
+def make_plan(model: ModelConfig, gpu: costs.Gpu, devices: int, length: int, *, host_limit: float) -> Plan | None:
+    """The fastest policy that fits, of equals the one with most room; None if none does.
+
+    All devices are along the sequence, of which a step takes one.
+    """
+    plans = []
+    for memory in policies(model.num_layers):
+        data = DataConfig(seq_len=length, batch_size=1, mask_documents=False)
+        config = TrainConfig(model=model, mesh=MeshConfig(seq=devices), data=data, memory=memory, implementation=_kernel(gpu))
+        plan = Plan(gpu=gpu, config=config, host_limit=host_limit)
+        if plan.fits:
+            plans.append(plan)
+    return min(plans, key=lambda p: (p.seconds["step"], sum(p.host.values()), sum(p.device.values())), default=None)
+
+
+def _kernel(gpu: costs.Gpu) -> Any:
+    return "cudnn" if "A100" in gpu.name else "pallas"
+
+
+def longest_plan(model: ModelConfig, gpu: costs.Gpu, devices: int, *, host_limit: float) -> Plan | None:
+    """The plan of the longest sequence that fits, to a multiple of 4,096 tokens a device; None if not even that does."""
+    unit = 4096 * devices
+    best, low, high = None, 0, 1
+    while (plan := make_plan(model, gpu, devices, high * unit, host_limit=host_limit)) is not None and high < 2**20:
+        best, low, high = plan, high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        plan = make_plan(model, gpu, devices, middle * unit, host_limit=host_limit)
+        best, low, high = (plan, middle, high) if plan else (best, low, middle)
+    return best
+
+
+# Figures of NVIDIA's datasheets and of the CUDA programming guide; memory is told so that XLA, which without a device schedules
+# for 80 % of it, schedules for the 0.94 that jax is let take of a real one.
+_TOPOLOGY = """
+gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 core_count: {cores} fpus_per_core: {fpus}
+  shared_memory_per_block: 49152 shared_memory_per_core: {shared} shared_memory_per_block_optin: {optin}
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536 clock_rate_ghz: {clock}
+  memory_bandwidth: {bandwidth} l2_cache_size: {cache} device_memory_size: {memory}
+  cuda_compute_capability {{ major: {major} minor: 0 }}
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 8 patch: 0 }}
+runtime_version {{ major: 13 minor: 0 patch: 0 }}
+device_description_str: "{name}"
+"""
+_HOPPER = {"cores": 132, "fpus": 128, "shared": 233472, "optin": 232448, "clock": 1.98, "cache": 52428800, "major": 9}
+_AMPERE = {"cores": 108, "fpus": 64, "shared": 167936, "optin": 166912, "clock": 1.41, "cache": 41943040, "major": 8}
+_CHIPS = {
+    "h100": _HOPPER | {"bandwidth": 3352320000000},
+    "h200": _HOPPER | {"bandwidth": 4800000000000},
+    "a100": _AMPERE | {"bandwidth": 2039000000000},
+}
+
+
+def absent_mesh(gpu: str, *, data: int = 1, seq: int = 1) -> Mesh:
+    """A training mesh of GPUs (`costs.GPUS`) that need not be there; needs jax's CUDA wheels."""
+    from jax.experimental import topologies
+
+    n, chip = data * seq, costs.GPUS[gpu]
+    told = _TOPOLOGY.format(**_CHIPS[gpu], name=chip.name, memory=int(chip.memory_bytes / 0.8))
+    topology = topologies.get_topology_desc(gpu, "cuda", target_config=told, topology=f"1x1x{n}")
+    return Mesh(np.array(topology.devices[:n]).reshape(data, seq), (DATA, SEQ), axis_types=(AxisType.Auto,) * 2)
+
+
+def compile_for(program: Program, **options: Any) -> jax.stages.Compiled:
+    """A training step, compiled for devices that need not be there.
+
+    Such devices do not know their kinds of memory, and jax drops the kinds of its arguments; here they are written back.
+    """
+    batch = batch_shapes(program.config, program.mesh)
+    lowered = program.step.lower(program.abstract, batch)
+    if program.config.memory.offload_optimizer:
+        from jax._src.lib.mlir import ir
+
+        paths = jax.tree_util.tree_leaves_with_path((program.abstract, batch))
+        kinds = [HOST if x.ndim and "opt_state" in jax.tree_util.keystr(path) else "device" for path, x in paths]
+        module: Any = lowered.compiler_ir()
+        main = next(op for op in module.body.operations if op.attributes["sym_name"].value == "main")
+        with module.context:
+            attributes = [{a.name: a.attr for a in ir.DictAttr(x)} for x in ir.ArrayAttr(main.attributes["arg_attrs"])]
+            for own, kind in zip(attributes, kinds, strict=True):
+                own["mhlo.memory_kind"] = ir.StringAttr.get(kind)
+            main.attributes["arg_attrs"] = ir.ArrayAttr.get([ir.DictAttr.get(own) for own in attributes])
+    return lowered.compile(**options)
+
+
+def certify(plan: Plan) -> dict[str, float]:
+    """What the compiler says that the plan's step takes: bytes on the device and on the host, and seconds to compile.
+
+    It compiles in a process of its own, because this one may have begun to use other devices.
+
+    Raises:
+      ValueError: jax's CUDA wheels are not installed, or the step does not compile.
+    """
+    gpu = next(key for key, value in costs.GPUS.items() if value.name == plan.gpu.name)
+    code = "import sys; from ulysses_jax.plan import _certificate; _certificate(*sys.argv[1:])"
+    child = subprocess.run(
+        [sys.executable, "-c", code, gpu, json.dumps(to_dict(plan.config))],
+        env={**os.environ, "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "JAX_PLATFORMS": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    found = re.search(r"^certificate (.*)$", child.stdout, re.MULTILINE)
+    if found is None:
+        why = (child.stderr.strip().splitlines() or ["no message"])[-1]
+        raise ValueError(
+            f"the step could not be compiled for {plan.gpu.name} ({why[:200]}). It needs jax's CUDA wheels: "
+            "pip install 'ulysses-jax[cuda13]'. Leave out --compile for the closed form alone."
+        )
+    return json.loads(found[1])
+
+
+def _certificate(gpu: str, text: str) -> None:
+    """In the child: compile, and print what `certify` answers."""
+    import time
+
+    fields = json.loads(text)
+    parts = {"model": ModelConfig, "mesh": MeshConfig, "data": DataConfig, "memory": MemoryConfig}
+    scaling = fields["model"].pop("rope_scaling")
+    if scaling is not None:
+        from ulysses_jax.config import RopeScaling
+
+        fields["model"]["rope_scaling"] = RopeScaling(**scaling)
+    made = {name: kind(**fields[name]) for name, kind in parts.items()}
+    config = TrainConfig(**made, implementation=fields["implementation"], zero_stage=fields["zero_stage"])
+    program = build(config, absent_mesh(gpu, data=config.mesh.data, seq=config.mesh.seq))
+    start = time.perf_counter()
+    memory = compile_for(program).memory_analysis()
+    assert memory is not None
+    answer = {
+        "device_bytes": memory.argument_size_in_bytes + memory.temp_size_in_bytes,
+        "host_bytes": memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
+        "compile_seconds": time.perf_counter() - start,
+    }
+    print("certificate", json.dumps(answer), flush=True)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from ulysses_jax.config import (
     CheckpointConfig,
     DataConfig,
+    MemoryConfig,
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
@@ -16,7 +17,7 @@ from ulysses_jax.config import (
     TrainConfig,
 )
 
-__all__ = ["RECIPES", "gpt_1p2b", "gpt_7b", "gpt_30b", "llama3_8b", "recipe", "tiny"]
+__all__ = ["MODELS", "RECIPES", "gpt_1p2b", "gpt_7b", "gpt_30b", "llama3_8b", "llama_1p3b", "llama_7b", "recipe", "tiny"]
 
 BYTES = 320  # 256 bytes, the end of a document, a mask, and a round number
 
@@ -53,6 +54,32 @@ def gpt_7b() -> ModelConfig:
     """The paper's 7B GPT: 32 layers of 4096."""
     return ModelConfig(
         vocab_size=50304,
+        num_layers=32,
+        embed_dim=4096,
+        num_heads=32,
+        num_kv_heads=32,
+        head_dim=128,
+        mlp_dim=11008,
+    )
+
+
+def llama_1p3b() -> ModelConfig:
+    """1.3B in Llama's shape, as DeepSpeed's examples train it: 24 layers of 2048."""
+    return ModelConfig(
+        vocab_size=32000,
+        num_layers=24,
+        embed_dim=2048,
+        num_heads=16,
+        num_kv_heads=16,
+        head_dim=128,
+        mlp_dim=5504,
+    )
+
+
+def llama_7b() -> ModelConfig:
+    """Llama 7B (arXiv 2302.13971): 32 layers of 4096."""
+    return ModelConfig(
+        vocab_size=32000,
         num_layers=32,
         embed_dim=4096,
         num_heads=32,
@@ -111,7 +138,7 @@ def demo_bidirectional() -> TrainConfig:
 
 def _long(model: ModelConfig, *, seq_len: int, devices: int, steps: int = 1000) -> TrainConfig:
     return TrainConfig(
-        model=dataclasses.replace(model, remat="attention"),
+        model=model,
         mesh=MeshConfig(seq=devices),
         data=DataConfig(seq_len=seq_len, batch_size=1),
         optimizer=OptimizerConfig(warmup_steps=50),
@@ -131,6 +158,17 @@ def gpt_7b_64k() -> TrainConfig:
     return _long(gpt_7b(), seq_len=65536, devices=8)
 
 
+def llama_1p3b_32k() -> TrainConfig:
+    """Llama-shaped 1.3B at 32,768 tokens on 2 GPUs, every product of matrices kept"""
+    config = _long(llama_1p3b(), seq_len=32768, devices=2)
+    return dataclasses.replace(config, memory=MemoryConfig(save="products"))
+
+
+def llama_7b_64k() -> TrainConfig:
+    """Llama 7B at 65,536 tokens on 2 GPUs of 80 GB"""
+    return _long(llama_7b(), seq_len=65536, devices=2)
+
+
 def gpt_30b_128k() -> TrainConfig:
     """GPT 30B at 131,072 tokens on 64 GPUs"""
     return _long(gpt_30b(), seq_len=131072, devices=64)
@@ -141,12 +179,24 @@ def llama3_8b_128k() -> TrainConfig:
     return _long(llama3_8b(), seq_len=131072, devices=8)
 
 
+MODELS: dict[str, Callable[[], ModelConfig]] = {
+    "tiny": tiny,
+    "gpt-1.2b": gpt_1p2b,
+    "gpt-7b": gpt_7b,
+    "gpt-30b": gpt_30b,
+    "llama-1.3b": llama_1p3b,
+    "llama-7b": llama_7b,
+    "llama3-8b": llama3_8b,
+}
+
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "demo": demo,
     "demo-bidirectional": demo_bidirectional,
     "gpt-1.2b-32k": gpt_1p2b_32k,
     "gpt-7b-64k": gpt_7b_64k,
     "gpt-30b-128k": gpt_30b_128k,
+    "llama-1.3b-32k": llama_1p3b_32k,
+    "llama-7b-64k": llama_7b_64k,
     "llama3-8b-128k": llama3_8b_128k,
 }
 

@@ -44,14 +44,13 @@ MAY_CHANGE = {
     "zero_stage",
     "implementation",
     "accumulation",
-    "loss_tile",
+    "memory",
     "checkpoint",
     "log_every",
     "eval_every",
     "eval_batches",
     "tensorboard",
     "wandb",
-    "model.remat",
 }
 
 
@@ -248,6 +247,8 @@ def _line(metrics: Metrics) -> str:
     if "tokens_per_s" in metrics:
         parts.append(f"{metrics['tokens_per_s']:,.0f} tokens/s")
         parts.append(f"{metrics['model_tflops_per_device']:.4g} TFLOP/s/device")
+    if "utilization" in metrics:
+        parts.append(f"{metrics['utilization']:.0%} of peak")
     return "  ".join(parts)
 
 

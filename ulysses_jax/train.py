@@ -26,9 +26,9 @@ from rich.console import Console
 from ulysses_jax import costs
 from ulysses_jax.attention import check_platform, make_mask
 from ulysses_jax.attention.blocked import varying_like
-from ulysses_jax.checkpoint import Checkpoints
-from ulysses_jax.config import OptimizerConfig, TrainConfig
+from ulysses_jax.config import MemoryConfig, OptimizerConfig, TrainConfig
 from ulysses_jax.data import END, Corpus, Packing, byte_entropy, open_corpus, place, read_ahead
+from ulysses_jax.memory import HOST, stream_update
 from ulysses_jax.mesh import DATA, RING, SEQ, make_mesh, token_order, token_spec
 from ulysses_jax.model import Transformer
 from ulysses_jax.report import claim, conclude, describe, draw_losses, read_metrics, read_summary, reporting
@@ -36,7 +36,7 @@ from ulysses_jax.runtime import Stop, stopping
 from ulysses_jax.ulysses import ShardAttention
 from ulysses_jax.zero import Stored, Unshard, hold, zero_shardings
 
-__all__ = ["Program", "batch_shapes", "build", "make_optimizer", "run", "token_losses"]
+__all__ = ["Program", "batch_shapes", "build", "compiler_options", "make_optimizer", "run", "token_losses"]
 
 type Tree = Any
 type State = dict[str, Tree]
@@ -80,11 +80,13 @@ def build(config: TrainConfig, mesh: Mesh) -> Program:
                 implementation=config.implementation, ring_axis=RING if on_ring else None, balanced=on_ring
             ),
             unshard=Unshard(config.model.dtype),
+            memory=config.memory,
             rngs=nnx.Rngs(config.seed),
         )
 
     graph = nnx.split(nnx.eval_shape(create))[0]
     optimizer, schedule = make_optimizer(config.optimizer, config.steps)
+    on_host = config.memory.offload_optimizer
 
     def init() -> State:
         params = nnx.to_pure_dict(nnx.split(create())[1])
@@ -97,17 +99,30 @@ def build(config: TrainConfig, mesh: Mesh) -> Program:
     )
     update_at = zero_shardings(shapes["params"], (), mesh=mesh, stage=3 if config.zero_stage else 0)[0]
     state_at = {"params": params_at, "opt_state": opt_at, "step": whole}
+    if on_host:  # and say "device" of all the rest: jax ignores the kinds of memory where one is not named
+        device = jax.tree.map(lambda at: at.with_memory_kind("device"), state_at)
+        state_at = device | {"opt_state": jax.tree.map(_placed, opt_at, shapes["opt_state"])}
+        whole = whole.with_memory_kind("device")
     loss_and_grads = _on_mesh(_loss_and_grads, config, mesh, graph, parts, (PartitionSpec(), _specs(grads_at), PartitionSpec()))
 
     def step(state: State, batch: dict[str, Array]) -> tuple[State, dict[str, Array]]:
         loss, grads, tokens = loss_and_grads(state["params"], batch)
         # The update runs where the optimizer's state lies; a stage that keeps parameters whole gathers the result.
         grads, params = (lax.with_sharding_constraint(x, update_at) for x in (grads, state["params"]))
-        updates, opt_state = optimizer.update(grads, state["opt_state"], params)
-        params = lax.with_sharding_constraint(optax.apply_updates(params, updates), update_at)
+        norm = optax.tree.norm(grads)
+        if on_host:
+            clipped = jax.tree.map(
+                lambda g: g * jnp.where(norm < config.optimizer.clip_norm, 1, config.optimizer.clip_norm / norm), grads
+            )
+            params, opt_state = stream_update(_adamw(config.optimizer, schedule), clipped, state["opt_state"][1], params)
+            opt_state = (state["opt_state"][0], opt_state)
+        else:
+            updates, opt_state = optimizer.update(grads, state["opt_state"], params)
+            params = optax.apply_updates(params, updates)
+        params = lax.with_sharding_constraint(params, update_at)
         metrics = {
             "loss": loss,
-            "grad_norm": optax.tree.norm(grads),
+            "grad_norm": norm,
             "learning_rate": jnp.asarray(schedule(state["step"])),
             "tokens": tokens,
         }
@@ -117,11 +132,47 @@ def build(config: TrainConfig, mesh: Mesh) -> Program:
         config=config,
         mesh=mesh,
         abstract=jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, state_at),
-        init=jax.jit(init, out_shardings=state_at),
-        step=jax.jit(step, donate_argnums=0, out_shardings=(state_at, whole)),
+        init=_first_on_host(init, shapes, state_at) if on_host else jax.jit(init, out_shardings=state_at),
+        step=jax.jit(
+            step, donate_argnums=0, out_shardings=(state_at, whole), compiler_options=compiler_options(config.memory, mesh)
+        ),
         gradients=jax.jit(loss_and_grads),
         evaluate=jax.jit(_on_mesh(_summed_loss, config, mesh, graph, parts, (PartitionSpec(), PartitionSpec()))),
     )
+
+
+def compiler_options(memory: MemoryConfig, mesh: Mesh) -> dict[str, bool | int | str] | None:
+    """What XLA is told about a training step on NVIDIA GPUs; elsewhere nothing.
+
+    Its latency-hiding scheduler is on by default, and sends a layer's gathers and reduce-scatters and the exchange while others
+    compute, as long as it believes that they fit: beyond its limit it runs them one by one, and its own rematerialisation
+    gathers weights up to six times a layer. What is computed again is `memory`'s to say, so that pass is off. The limit is a
+    percentage of what jax preallocates, less the state; it counts buffers in the host's memory as the device's, so that with
+    them it has to be beyond both.
+    """
+    if mesh.devices.flat[0].platform not in ("gpu", "cuda"):
+        return None
+    limit = 400 if memory.offload_layers or memory.offload_optimizer else 100
+    return {"xla_disable_hlo_passes": "rematerialization", "xla_gpu_memory_limit_slop_factor": limit}
+
+
+def _placed(at: NamedSharding, x: jax.ShapeDtypeStruct) -> NamedSharding:
+    return at.with_memory_kind(HOST if x.ndim else "device")
+
+
+def _first_on_host(init: Callable[[], State], shapes: State, state_at: State) -> Callable[[], State]:
+    """As `init`, where the device would not have room for the optimizer's state: AdamW's begins as zeros."""
+    params = jax.jit(lambda: init()["params"], out_shardings=state_at["params"])
+
+    def zeros(x: jax.ShapeDtypeStruct, at: NamedSharding) -> Array:
+        size = at.shard_shape(x.shape)
+        return jax.make_array_from_callback(x.shape, at, lambda _: np.zeros(size, x.dtype))
+
+    def first() -> State:
+        rest = {name: jax.tree.map(zeros, shapes[name], state_at[name]) for name in ("opt_state", "step")}
+        return {"params": params(), **rest}
+
+    return first
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
@@ -135,6 +186,10 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> tuple[optax.GradientT
         end_value=config.learning_rate * config.final_fraction,
     )
 
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), _adamw(config, schedule)), schedule
+
+
+def _adamw(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
     def decays(params: Tree) -> Tree:
         def one(path, _) -> bool:
             return not any(str(key.key).endswith(("scale", "bias")) for key in path)
@@ -142,34 +197,86 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> tuple[optax.GradientT
         return jax.tree_util.tree_map_with_path(one, params)
 
     adamw = optax.adamw(schedule, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=decays)
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw), schedule
+    return adamw if config.moment_dtype == "float32" else _kept_in(adamw, jnp.dtype(config.moment_dtype))
+
+
+def _kept_in(inner: optax.GradientTransformation, dtype: jnp.dtype) -> optax.GradientTransformation:
+    """`inner`, its state's arrays kept in `dtype` between updates."""
+
+    def cast(state: Tree, dtype) -> Tree:
+        return jax.tree.map(lambda x: x.astype(dtype) if x.ndim else x, state)
+
+    def update(updates: Tree, state: Tree, params: Tree | None = None) -> tuple[Tree, Tree]:
+        updates, state = inner.update(updates, cast(state, jnp.float32), params)
+        return updates, cast(state, dtype)
+
+    return optax.GradientTransformation(lambda params: cast(inner.init(params), dtype), update)
 
 
 def token_losses(model: Transformer, features: Array, labels: Array, weights: Array, *, tile: int) -> Array:
     """Σ weight · −log softmax(features · table)[label], the logits of `tile` tokens at a time.
 
-    features [B, T, D]; labels, weights [B, T]. The backward computes each tile's logits again; the table's gradient adds up
-    over the tiles in float32.
+    features [B, T, D]; labels, weights [B, T], which are not differentiated.
     """
     tokens = labels.size
     tile = min(tile, tokens)
     flat = (features.reshape(tokens, -1), labels.reshape(tokens), weights.reshape(tokens))
     tiles = [jnp.pad(x, [(0, -tokens % tile)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, tile, *x.shape[1:]) for x in flat]
-    table = model.output_table().astype(jnp.float32)
+    return _tiled_losses(*tiles, model.output_table())
 
-    @jax.checkpoint
-    def one(total: Array, tile: list[Array]) -> tuple[Array, None]:
-        features, labels, weights = tile
-        logits = model.logits(features, table)
-        losses = jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
-        return total + (weights * losses).sum(), None
 
-    return lax.scan(one, varying_like(jnp.zeros((), jnp.float32), features, weights), tiles)[0]
+@jax.custom_vjp
+def _tiled_losses(features: Array, labels: Array, weights: Array, table: Array) -> Array:
+    """features [tiles, tile, D], labels and weights [tiles, tile], table [V, D] → the sum over all tokens."""
+    used = table.astype(features.dtype)
+
+    def one(total: Array, tile: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        return total + _tile_loss(used, *tile)[0], None
+
+    return lax.scan(one, varying_like(jnp.zeros((), jnp.float32), features, weights), (features, labels, weights))[0]
+
+
+def _tile_loss(table: Array, features: Array, labels: Array, weights: Array) -> tuple[Array, Array, Array]:
+    """(summed loss, logits, log of the sum of their exponentials), float32."""
+    logits = jnp.einsum("td,vd->tv", features, table, preferred_element_type=jnp.float32)
+    norm = jax.nn.logsumexp(logits, axis=-1)
+    picked = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
+    return (weights * (norm - picked)).sum(), logits, norm
+
+
+def _tiled_losses_fwd(features: Array, labels: Array, weights: Array, table: Array):
+    """The gradient too, tile by tile, while the logits are there: three products of matrices, not four as with recomputation.
+
+    The table's gradient adds up over the tiles in float32.
+    """
+    used = table.astype(features.dtype)
+
+    def one(carry: tuple[Array, Array], tile: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], Array]:
+        total, d_table = carry
+        own, labels, weights = tile
+        loss, logits, norm = _tile_loss(used, *tile)
+        hit = lax.broadcasted_iota(labels.dtype, logits.shape, 1) == labels[:, None]
+        d_logits = (weights[:, None] * (jnp.exp(logits - norm[:, None]) - hit)).astype(features.dtype)
+        d_table += jnp.einsum("tv,td->vd", d_logits, own, preferred_element_type=jnp.float32)
+        return (total + loss, d_table), d_logits @ used
+
+    zeros = [varying_like(jnp.zeros(shape, jnp.float32), features, weights, table) for shape in ((), table.shape)]
+    (total, d_table), d_features = lax.scan(one, tuple(zeros), (features, labels, weights))
+    return total, (d_features, d_table.astype(table.dtype))
+
+
+def _tiled_losses_bwd(gradients: tuple[Array, Array], d_total: Array):
+    d_features, d_table = (x * d_total.astype(x.dtype) for x in gradients)
+    return d_features, None, None, d_table
+
+
+_tiled_losses.defvjp(_tiled_losses_fwd, _tiled_losses_bwd)
 
 
 def batch_shapes(config: TrainConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes, types and shardings of a global batch, for compiling before there is one."""
     at = NamedSharding(mesh, token_spec(mesh))
+    at = at.with_memory_kind("device") if config.memory.offload_optimizer else at
     shape = (config.data.batch_size, config.data.seq_len)
     names = {"tokens": np.int32, "labels": np.int32, "positions": np.int32, "weights": np.float32}
     if config.data.mask_documents:
@@ -194,6 +301,8 @@ def run(config: TrainConfig, out: Path, console: Console | None = None, *, stop:
     Raises:
       ValueError: a folder that belongs to another run or is damaged, data or devices that do not fit the config.
     """
+    from ulysses_jax.checkpoint import Checkpoints  # Orbax: the step itself does without
+
     console = console or Console()
     corpus = open_corpus(config.data)
     if corpus.vocab_size is not None and config.model.vocab_size < corpus.vocab_size:
@@ -239,25 +348,24 @@ def run(config: TrainConfig, out: Path, console: Console | None = None, *, stop:
 def _loop(program, step, state, first, packing, corpus, checkpoints, report, stop) -> tuple[State, bool]:
     """Steps `first` to the last; answers the state, and whether it got there."""
     config = program.config
-    flops = costs.step_flops(config.model, batch_size=config.data.batch_size, seq_len=config.data.seq_len)
-    tokens = config.data.batch_size * config.data.seq_len
-    since, at, ahead = time.perf_counter(), first, None
+    kind = program.mesh.devices.flat[0].device_kind
+    since, at, ahead, pairs = time.perf_counter(), first, None, 0
     for i, batch in zip(range(first + 1, config.steps + 1), read_ahead(packing, range(first, config.steps)), strict=True):
         state, metrics = step(state, place(batch, program.mesh))
+        pairs += costs.seen_pairs(batch["positions"], is_causal=config.model.is_causal, window=config.model.local_window_size)
         jax.block_until_ready(ahead)  # one step runs while the next is prepared, never more
         ahead = metrics["loss"]
         if i % config.log_every == 0 or i in (1, config.steps):
             values = {name: float(x) for name, x in metrics.items()}
             _refuse_divergence(values["loss"], i)
             seconds = (time.perf_counter() - since) / (i - at)
-            per_device = flops / seconds / program.mesh.size / 1e12
-            report.write({"step": i, **values, "tokens_per_s": tokens / seconds, "model_tflops_per_device": per_device})
-            since, at = time.perf_counter(), i
+            report.write({"step": i, **values, **costs.rates(config, seconds, kind, pairs=pairs // (i - at))})
+            since, at, pairs = time.perf_counter(), i, 0
         report.advance(i)
         asked = stop.requested(i)
         if config.eval_every and i % config.eval_every == 0 and i < config.steps:
             report.write({"step": i, **evaluate(program, state["params"], corpus)})
-            since, at = time.perf_counter(), i
+            since, at, pairs = time.perf_counter(), i, 0
         if asked or i == config.steps or i % config.checkpoint.every == 0:
             _refuse_divergence(float(metrics["loss"]), i)
             checkpoints.save(i, state)
@@ -372,7 +480,7 @@ def _local_loss(config: TrainConfig, model: Transformer, batch: dict[str, Array]
     features = model.features(
         batch["tokens"], positions=batch["positions"], mask=mask, segment_ids=ids if mask is None else None
     )
-    return token_losses(model, features, batch["labels"], batch["weights"], tile=config.loss_tile)
+    return token_losses(model, features, batch["labels"], batch["weights"], tile=config.memory.loss_tile)
 
 
 def _axes(config: TrainConfig) -> tuple[str, ...]:

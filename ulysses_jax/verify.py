@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from ulysses_jax import costs
 from ulysses_jax.attention import check_platform
-from ulysses_jax.config import MeshConfig, TrainConfig
+from ulysses_jax.config import MeshConfig, TrainConfig, deal_heads
 from ulysses_jax.data import Batch, place
 from ulysses_jax.mesh import make_mesh
 from ulysses_jax.plan import Crossing, ledger
@@ -87,7 +87,10 @@ def shrink(config: TrainConfig) -> TrainConfig:
     parts = config.mesh.parts
     data = dataclasses.replace(config.data, seq_len=parts * max(8, math.ceil(96 / parts)))
     data = dataclasses.replace(data, batch_size=config.mesh.data * config.accumulation)
-    return dataclasses.replace(config, model=model, data=data, loss_tile=32)
+    memory = dataclasses.replace(config.memory, loss_tile=32, mlp_tile=config.memory.mlp_tile and 20)
+    for name in ("save_layers", "offload_layers"):  # two layers have halves
+        memory = dataclasses.replace(memory, **{name: math.ceil(2 * getattr(memory, name)) / 2})
+    return dataclasses.replace(config, model=model, data=data, memory=memory)
 
 
 def example(config: TrainConfig) -> Batch:
@@ -121,18 +124,19 @@ def _faults(program: Program, losses, errors: dict[str, float], crossings: list[
 
 
 def expected_exchange(config: TrainConfig) -> int:
-    """Bytes a device hands to the all-to-alls of one step: a forward's, as much again backward, and what remat sends again."""
+    """Bytes a device hands to the all-to-alls of one step: a forward's, as much again backward, and what is computed again."""
     local = config.data.batch_size // config.mesh.data
     elements = costs.exchange_elements(
         config.model, batch_size=local, seq_len=config.data.seq_len // config.mesh.ring, degree=config.mesh.seq
     )
-    passes = 2 if config.model.remat == "none" else 3
-    sent = elements * passes
+    dealing = deal_heads(config.model.num_heads, config.model.num_kv_heads, config.mesh.seq)
+    back = elements * len(dealing.queries) // (2 * (len(dealing.queries) + len(dealing.keys)))  # the output's share
+    again = {"inputs": elements, "attention": elements, "projections": back, "products": 0, "all": 0}
+    group = config.memory.group(config.model.num_layers)
+    a_group = sum(2 * elements + again[layer.save] for layer in group)
     if config.model.head_chunks > 1:  # each is recomputed by itself; of one whose output is kept, that crosses back once more
-        heads = -(-config.model.num_heads // config.mesh.seq)
-        output = local * config.data.seq_len // config.mesh.ring * heads * config.model.head_dim
-        sent += output if config.model.remat == "attention" else elements
-    return sent * config.model.num_layers * (2 if config.model.dtype == "bfloat16" else 4)
+        a_group += sum(elements if layer.save == "all" else back for layer in group)
+    return a_group * (config.model.num_layers // len(group)) * (2 if config.model.dtype == "bfloat16" else 4)
 
 
 def unplanned(program: Program, crossings: list[Crossing]) -> list[Crossing]:

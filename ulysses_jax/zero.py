@@ -32,8 +32,9 @@ def zero_shardings(
 ) -> tuple[Tree, Tree, Tree]:
     """Shardings of (parameters, gradients, optimizer state) for a ZeRO stage.
 
-    Where a stage divides a leaf, it divides the leaf's largest dim that the number of devices divides, over all axes of the
-    mesh together. Scalars, and leaves with no such dim (`undivided` lists them), are replicated.
+    Where a stage divides a leaf, it divides the leaf's first dim that the number of devices divides, over all axes of the mesh
+    together: pieces that join on the leading dim lie one after the other in memory, on any other XLA transposes whole stacks
+    of layers, before the loop and after it. Scalars, and leaves with no such dim (`undivided` lists them), are replicated.
 
     Args:
       params: arrays or `jax.ShapeDtypeStruct`s.
@@ -74,10 +75,10 @@ def undivided(params: Tree, *, mesh: Mesh, stacked: str | None = "layers") -> li
 
 
 def divided_dim(path: tuple, shape: tuple[int, ...], devices: int, stacked: str | None) -> int | None:
-    """The dim of a leaf that is divided over `devices`: the largest that they divide, the first of equals; None if none."""
+    """The dim of a leaf that is divided over `devices`: the first that they divide; None if none."""
     names = [getattr(key, "key", getattr(key, "name", None)) for key in path]
     dims = range(1 if stacked is not None and stacked in names else 0, len(shape))
-    return max((i for i in dims if shape[i] and shape[i] % devices == 0), key=lambda i: shape[i], default=None)
+    return next((i for i in dims if shape[i] and shape[i] % devices == 0), None)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["piece", "whole"], meta_fields=["dim", "axes"])

@@ -1,0 +1,93 @@
+"""Plans: closed forms against the program's own shapes and crossings, and the search for a policy and a length that fit."""
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+import jax
+import pytest
+
+from tests.trainers import compiled_step, hlo, program, tiny
+from ulysses_jax import cli, costs, recipes
+from ulysses_jax.config import MemoryConfig
+from ulysses_jax.plan import ledger, longest_plan, make_plan, policies
+
+H100, GIB = costs.GPUS["h100"], 2**30
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_states_bytes_are_those_of_its_arrays(stage):
+    """Up to the few leaves that no stage divides. Dividing gradients from stage 1 on breaks it."""
+    config = tiny(2, 4, zero_stage=stage)
+    p, parts = program(config), costs.device_bytes(config)
+
+    def exact(tree: Any) -> int:
+        sizes = (x.sharding.shard_shape(x.shape) for x in jax.tree.leaves(tree))
+        return sum(4 * math.prod(shape) for shape in sizes if shape)
+
+    assert parts["parameters"] == pytest.approx(exact(p.abstract["params"]), rel=0.03)
+    assert parts["optimizer"] == pytest.approx(exact(p.abstract["opt_state"]), rel=0.03)
+    whole = 4 * sum(costs.parameter_counts(config.model).values())
+    assert parts["gradients"] == (whole / 8 if stage >= 2 else whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("save", ["inputs", "projections", "products"])
+def test_bytes_on_the_wire_are_the_compiled_programs(save):
+    """Forgetting that the backward's recomputation sends again breaks it."""
+    config = tiny(2, 4, memory={"save": save})
+    crossings = ledger(hlo(compiled_step(config)), program(config).mesh)
+    mesh, planned = program(config).mesh, costs.wire_bytes(config)
+    sent = {
+        kind: sum(x.times * x.bytes_sent(mesh) for x in crossings if x.kind == kind)
+        for kind in ("all-to-all", "reduce-scatter")
+    }
+    assert planned["exchange"] == sent["all-to-all"]
+    assert planned["gradients"] == pytest.approx(sent["reduce-scatter"], rel=0.05)
+
+
+def test_a_policy_is_chosen_that_fits_and_none_that_fits_is_faster():
+    """Taking the first that fits breaks it."""
+    model = recipes.llama_7b()
+    plan = make_plan(model, H100, 2, 65536, host_limit=0)
+    assert plan is not None
+    assert plan.fits
+    assert sum(plan.host.values()) == 0
+    for memory in policies(model.num_layers):
+        other = dataclasses.replace(plan, config=dataclasses.replace(plan.config, memory=memory))
+        assert not other.fits or other.seconds["step"] >= plan.seconds["step"]
+    roomier = make_plan(model, H100, 2, 65536, host_limit=128 * GIB)
+    assert roomier is not None
+    assert roomier.seconds["step"] < plan.seconds["step"]
+    assert roomier.config.memory.offload_layers
+
+
+def test_the_longest_fits_and_a_little_longer_does_not():
+    model = recipes.llama_7b()
+    plan = longest_plan(model, H100, 2, host_limit=64 * GIB)
+    assert plan is not None
+    length = plan.config.data.seq_len
+    assert length >= 262144, "DeepSpeed's longest with everything on the host"
+    assert make_plan(model, H100, 2, length + 8192, host_limit=64 * GIB) is None
+    assert longest_plan(recipes.gpt_30b(), H100, 1, host_limit=64 * GIB) is None
+
+
+def test_host_copies_slow_a_step_that_is_too_short_for_them():
+    plan = make_plan(recipes.llama_7b(), H100, 2, 65536, host_limit=0)
+    assert plan is not None
+    all_sent = MemoryConfig(save="projections", offload_layers=1.0)
+    slow = dataclasses.replace(H100, host_bytes_per_s=1e9)
+    config = dataclasses.replace(plan.config, memory=all_sent)
+    assert costs.step_seconds(config, slow)["step"] > 2 * costs.step_seconds(config, H100)["step"]
+
+
+def test_the_command_line_prints_one_json_object(capsys):
+    assert cli.main(["plan", "--model", "llama3-8b", "--devices", "8", "--length", "131072", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["fits"]
+    assert answer["config"]["data"]["seq_len"] == 131072
+    assert sum(answer["device_bytes"].values()) <= answer["memory_bytes"]
+    assert {"device_bytes", "host_bytes", "wire_bytes", "seconds"} <= answer.keys()
+    assert cli.main(["plan", "--model", "llama-7b", "--devices", "2", "--longest"]) == 0
+    assert "predicted time of a step" in capsys.readouterr().out
