@@ -55,16 +55,16 @@ def test_pairs_of_packed_documents_add_up(window, is_causal):
 
 def test_recomputed_flops_are_those_of_the_products_run_again():
     """Per token and layer of `tiny`, by hand; counting the down projection, whose output no gradient needs, breaks it."""
-    model, sizes = recipes.tiny(), {"batch_size": 3, "seq_len": 100}
+    model = recipes.tiny()
     kernel = costs.attention_flops(3 * 100 * 101 // 2, 4, 32)
     qkv, out, gate_up = (2 * 3 * 100 * 128 * n for n in (3 * 128, 128, 2 * 384))
     expected = {"all": 0, "products": 0, "projections": out + gate_up, "attention": out + gate_up + qkv}
     expected["inputs"] = expected["attention"] + kernel
     for save, flops in expected.items():
-        assert costs.recomputed_flops(model, MemoryConfig(save=save), **sizes) == 2 * flops  # pyright: ignore[reportArgumentType]
+        assert costs.recomputed_flops(model, MemoryConfig(save=save), batch_size=3, seq_len=100) == 2 * flops  # pyright: ignore[reportArgumentType]
     half = MemoryConfig(save="products", save_layers=0.5)
-    assert costs.recomputed_flops(model, half, **sizes) == expected["inputs"]
-    assert costs.recomputed_flops(model, MemoryConfig(), **sizes, named=False) == 2 * expected["inputs"]
+    assert costs.recomputed_flops(model, half, batch_size=3, seq_len=100) == expected["inputs"]
+    assert costs.recomputed_flops(model, MemoryConfig(), batch_size=3, seq_len=100, named=False) == 2 * expected["inputs"]
 
 
 def test_rates_by_three_customs():

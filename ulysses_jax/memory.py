@@ -162,7 +162,7 @@ def stream_update(
     return _join(p, other_params, stacked), _join(s, other_state, stacked)
 
 
-def _move(tree: Tree, space: jax.memory.Space) -> Tree:
+def _move(tree: Tree, space: Any) -> Tree:
     """Arrays to a memory; scalars stay on the device."""
     return jax.tree.map(lambda x: x if x.ndim == 0 else jax.device_put(x, space), tree)
 

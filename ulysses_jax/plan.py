@@ -288,7 +288,7 @@ def compile_for(program: Program, **options: Any) -> jax.stages.Compiled:
     batch = batch_shapes(program.config, program.mesh)
     lowered = program.step.lower(program.abstract, batch)
     if program.config.memory.offload_optimizer:
-        from jax._src.lib.mlir import ir
+        from jax._src.lib.mlir import ir  # pyright: ignore[reportPrivateImportUsage]
 
         paths = jax.tree_util.tree_leaves_with_path((program.abstract, batch))
         kinds = [HOST if x.ndim and "opt_state" in jax.tree_util.keystr(path) else "device" for path, x in paths]

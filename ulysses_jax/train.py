@@ -260,8 +260,8 @@ def _tiled_losses_fwd(features: Array, labels: Array, weights: Array, table: Arr
         d_table += jnp.einsum("tv,td->vd", d_logits, own, preferred_element_type=jnp.float32)
         return (total + loss, d_table), d_logits @ used
 
-    zeros = [varying_like(jnp.zeros(shape, jnp.float32), features, weights, table) for shape in ((), table.shape)]
-    (total, d_table), d_features = lax.scan(one, tuple(zeros), (features, labels, weights))
+    zero, zeros = (varying_like(jnp.zeros(shape, jnp.float32), features, weights, table) for shape in ((), table.shape))
+    (total, d_table), d_features = lax.scan(one, (zero, zeros), (features, labels, weights))
     return total, (d_features, d_table.astype(table.dtype))
 
 
