@@ -40,6 +40,7 @@ def kept(layers: int = L, **memory: Any) -> dict[tuple[str, tuple[int, ...]], in
     found: dict[tuple[str, tuple[int, ...]], int] = {}
     for x in outputs:
         shape = x.aval.shape[1:]
+        shape = shape[1:] if shape[:1] == (1,) else shape  # one group of heads
         assert shape[-2:] not in ((D, F), (F, D)), "weights are there already"
         if shape[:2] == (B, T) or shape == LSE:
             space = HOST if "host" in str(x.aval.memory_space).lower() else DEVICE
