@@ -1,33 +1,44 @@
-"""Where a training step's time goes on a GPU: seconds by kind of kernel, and how much of the communication is not hidden.
+"""Where a training step's time goes on GPUs: seconds by kind of kernel, and how much communication nothing hides.
 
-python -m experiments.profile_step --recipe gpt-1.2b-32k --implementation pallas --out experiments/results
+python -m experiments.bench_train --recipe llama-7b-64k --seq 2 --profile /tmp/profile
+python -m experiments.profile_step --folder /tmp/profile --case "7B 64K, 2 GPUs" --out experiments/results
 """
 
 import collections
+import dataclasses
 import gzip
 import json
 import re
-import tempfile
 from pathlib import Path
 
-import jax
+import tyro
+
+from experiments import record
 
 KINDS = {  # the first that matches names a kernel
-    "communication": r"nccl|all-?gather|all-?to-?all|reduce-?scatter|all-?reduce|permute",
+    "communication": r"nccl|all-?gather|all-?to-?all|reduce-?scatter|all-?reduce|permute|sendrecv",
     "attention": r"ulysses_attention|cudnn.*(sdpa|fprop|bprop|flash)|flash|fmha",
     "matmul": r"gemm|cutlass|nvjet|xmma|cublas|wgmma",
     "copies": r"memcpy|transpose|copy|memset",
 }
 
 
-def trace(run, folder: Path | None = None) -> list[dict]:
-    """The complete events of the GPUs' streams while `run()` runs: name, ts and dur in µs, pid (device), tid (stream)."""
-    with tempfile.TemporaryDirectory() as made:
-        target = folder or Path(made)
-        with jax.profiler.trace(str(target)):
-            run()
-        path = max(target.glob("plugins/profile/*/*.trace.json.gz"), key=lambda path: path.stat().st_mtime)
-        events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Profile:
+    """What to read and where to write."""
+
+    folder: Path
+    """jax.profiler's, of one step"""
+    case: str
+    name: str = "profile"
+    """of the result file"""
+    out: Path = Path("experiments/results")
+
+
+def read(folder: Path) -> list[dict]:
+    """The kernels of a profile: name, ts and dur in µs, pid (device), tid (stream)."""
+    path = max(folder.glob("plugins/profile/*/*.trace.json.gz"), key=lambda path: path.stat().st_mtime)
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
     names = {e["pid"]: e["args"]["name"] for e in events if e.get("name") == "process_name"}
     threads = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e.get("name") == "thread_name"}
     on_gpu = [e for e in events if e.get("ph") == "X" and "GPU" in names.get(e["pid"], "")]
@@ -98,3 +109,20 @@ def longest(events: list[dict], count: int = 30) -> list[tuple[str, int, float]]
             runs[event["name"]] += 1
             seconds[event["name"]] += event["dur"] / 1e6
     return [(name, runs[name], total) for name, total in seconds.most_common(count)]
+
+
+def main(profile: Profile) -> None:
+    """Read a profile and record it."""
+    events = read(profile.folder)
+    alone, whole = exposed(events)
+    rows = [record.row(profile.case, f"{kind}, busiest device", "s", value) for kind, value in by_kind(events).items()]
+    rows.append(record.row(profile.case, "only communication ran", "s", alone))
+    rows.append(record.row(profile.case, "first kernel to last", "s", whole))
+    rows.append(record.row(profile.case, "exposed communication", "share of the step", alone / whole))
+    print(*(f"{row['metric']:32} {row['ours']:.4f} {row['unit']}" for row in rows), sep="\n")
+    print(*(f"{seconds * 1e3:9.2f} ms {runs:6d} × {name[:130]}" for name, runs, seconds in longest(events)), sep="\n")
+    record.save(profile.name, rows, profile.out)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Profile))
