@@ -71,25 +71,14 @@ def build(config: TrainConfig, mesh: Mesh) -> Program:
         said = ", ".join(f"{axis}={size}" for axis, size in sizes.items() if axis != RING or size > 1)
         raise ValueError(f"the mesh is {dict(mesh.shape)}, but the config says {said}; make it with make_mesh({said}).")
 
-    on_ring = RING in mesh.shape
-
-    def create() -> Transformer:
-        return Transformer(
-            config.model,
-            attention=ShardAttention(
-                implementation=config.implementation, ring_axis=RING if on_ring else None, balanced=on_ring
-            ),
-            unshard=Unshard(config.model.dtype),
-            memory=config.memory,
-            rngs=nnx.Rngs(config.seed),
-        )
-
-    graph = nnx.split(nnx.eval_shape(create))[0]
+    ring = RING if RING in mesh.shape else None
+    attention = ShardAttention(implementation=config.implementation, ring_axis=ring, balanced=ring is not None)
+    graph = nnx.split(nnx.eval_shape(lambda: _create(config, attention)))[0]
     optimizer, schedule = make_optimizer(config.optimizer, config.steps)
     on_host = config.memory.offload_optimizer
 
     def init() -> State:
-        params = nnx.to_pure_dict(nnx.split(create())[1])
+        params = nnx.to_pure_dict(nnx.split(_create(config, attention))[1])
         return {"params": params, "opt_state": optimizer.init(params), "step": jnp.zeros((), jnp.int32)}
 
     shapes = jax.eval_shape(init)
@@ -109,20 +98,12 @@ def build(config: TrainConfig, mesh: Mesh) -> Program:
         loss, grads, tokens = loss_and_grads(state["params"], batch)
         # The update runs where the optimizer's state lies; a stage that keeps parameters whole gathers the result.
         grads, params = (lax.with_sharding_constraint(x, update_at) for x in (grads, state["params"]))
-        norm = optax.tree.norm(grads)
-        if on_host:
-            clipped = jax.tree.map(
-                lambda g: g * jnp.where(norm < config.optimizer.clip_norm, 1, config.optimizer.clip_norm / norm), grads
-            )
-            params, opt_state = stream_update(_adamw(config.optimizer, schedule), clipped, state["opt_state"][1], params)
-            opt_state = (state["opt_state"][0], opt_state)
-        else:
-            updates, opt_state = optimizer.update(grads, state["opt_state"], params)
-            params = optax.apply_updates(params, updates)
+        update = _update_on_host if on_host else _update
+        params, opt_state = update(config, grads, state["opt_state"], params)
         params = lax.with_sharding_constraint(params, update_at)
         metrics = {
             "loss": loss,
-            "grad_norm": norm,
+            "grad_norm": optax.tree.norm(grads),
             "learning_rate": jnp.asarray(schedule(state["step"])),
             "tokens": tokens,
         }
@@ -139,6 +120,31 @@ def build(config: TrainConfig, mesh: Mesh) -> Program:
         gradients=jax.jit(loss_and_grads),
         evaluate=jax.jit(_on_mesh(_summed_loss, config, mesh, graph, parts, (PartitionSpec(), PartitionSpec()))),
     )
+
+
+def _create(config: TrainConfig, attention: Callable) -> Transformer:
+    return Transformer(
+        config.model,
+        attention=attention,
+        unshard=Unshard(config.model.dtype),
+        memory=config.memory,
+        rngs=nnx.Rngs(config.seed),
+    )
+
+
+def _update(config: TrainConfig, grads: Tree, opt_state: Tree, params: Tree) -> tuple[Tree, Tree]:
+    """(new parameters, new optimizer state)."""
+    updates, opt_state = make_optimizer(config.optimizer, config.steps)[0].update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state
+
+
+def _update_on_host(config: TrainConfig, grads: Tree, opt_state: Tree, params: Tree) -> tuple[Tree, Tree]:
+    """`_update` where the moments wait on the host: clipped by the norm of all, then a layer at a time."""
+    norm, most = optax.tree.norm(grads), config.optimizer.clip_norm
+    clipped = jax.tree.map(lambda g: g * jnp.where(norm < most, 1, most / norm), grads)
+    adamw = _adamw(config.optimizer, make_optimizer(config.optimizer, config.steps)[1])
+    params, inner = stream_update(adamw, clipped, opt_state[1], params)
+    return params, (opt_state[0], inner)
 
 
 def compiler_options(memory: MemoryConfig, mesh: Mesh) -> dict[str, bool | int | str] | None:
