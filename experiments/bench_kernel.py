@@ -14,7 +14,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -163,10 +163,10 @@ def visible_flops(T: int, N: int, H: int, *, is_causal: bool) -> float:
 # Suites.
 
 
-def speed(head_dims: bool = True) -> list[dict]:
+def speed() -> Iterator[list[dict]]:
     """TFLOP/s, causal and full, forward and forward+backward, beside every peer."""
     cases = [(f"{name} N={N} H=128", T, N, 128) for name, (T, N) in SHAPES.items()]
-    cases += [("32K N=32 H=64", 32768, 32, 64), ("32K N=8 H=256", 32768, 8, 256)] if head_dims else []
+    cases += [("32K N=32 H=64", 32768, 32, 64), ("32K N=8 H=256", 32768, 8, 256)]
     rows = []
     for label, T, N, H in cases:
         arrays = inputs(T, N, H=H)
@@ -184,10 +184,10 @@ def speed(head_dims: bool = True) -> list[dict]:
                 rates = {name: share * flops / took / 1e12 for name, took in seconds(calls).items()}
                 rows.append(record.row(f"{label} {mask}", metric, "TFLOP/s", rates.pop("ours"), **rates))
                 print(_line(rows[-1]), flush=True)
-    return rows
+            yield rows
 
 
-def grouped() -> list[dict]:
+def grouped() -> Iterator[list[dict]]:
     """Grouped heads beside as many heads ungrouped: the same FLOPs."""
     rows = []
     for T, N, K in ((32768, 16, 4), (8192, 64, 8)):
@@ -201,7 +201,7 @@ def grouped() -> list[dict]:
                 record.row(f"T={T} N={N} K={K} H=128 causal", metric, "TFLOP/s", rates["ours"], ungrouped=rates["ungrouped"])
             )
             print(_line(rows[-1]), flush=True)
-    return rows
+            yield rows
 
 
 def documents(T: int, mean: int, seed: int = 0) -> list[int]:
@@ -212,7 +212,7 @@ def documents(T: int, mean: int, seed: int = 0) -> list[int]:
     return lengths
 
 
-def sparse() -> list[dict]:
+def sparse() -> Iterator[list[dict]]:
     """Time over that of the whole causal (or full) mask, divided by the share of its tiles that are live: 1 is proportional."""
     T, N = 32768, 16
     rng, arrays = np.random.default_rng(0), inputs(T, N)
@@ -239,10 +239,10 @@ def sparse() -> list[dict]:
                 f"{case[:70]:70} {metric:18} {took[name] * 1e3:8.3f} ms, {took[name] / proportional:.3f} of proportional",
                 flush=True,
             )
-    return rows
+        yield rows
 
 
-def accuracy() -> list[dict]:
+def accuracy() -> Iterator[list[dict]]:
     """Relative errors against the float32 reference on fresh inputs, beside cuDNN's own on the same."""
     ids = jnp.asarray(np.repeat(np.arange(6), [100, 37, 300, 250, 13, 333])[None], jnp.int32)
     blocks = BlockMask(np.random.default_rng(1).random((4, 9, 9)) < 0.5, 128)
@@ -268,7 +268,7 @@ def accuracy() -> list[dict]:
     rows = []
     for name, (sizes, mask, options) in cases.items():
         rows += _errors(name, {"T": 1033, "N": 4, "H": 128, **sizes}, mask, options)
-    return rows
+        yield rows
 
 
 def _errors(name: str, sizes: dict[str, int], mask_options: dict, options: dict) -> list[dict]:
@@ -303,7 +303,7 @@ def _relative(x: np.ndarray, ref: np.ndarray) -> float:
     return float(np.linalg.norm(x - ref) / max(np.linalg.norm(ref), 1e-30))
 
 
-def long() -> list[dict]:
+def long() -> Iterator[list[dict]]:
     """A million tokens of 20 heads: offsets pass 2³¹ elements. Sampled rows against float32."""
     T, N, H, window = 2**20, 20, 128, 4096
     q, k, v, d_out = inputs(T, N, H=H)
@@ -334,6 +334,7 @@ def long() -> list[dict]:
             case, error = f"T={T} N={N} window {window}", worst(what, found, window - 1)
             rows.append(record.row(case, f"worst relative error of {what} in 16 rows", "1", error))
             print(_line(rows[-1], "{:.2e}"), flush=True)
+            yield rows
         del dq
         start = time.perf_counter()
         out = jax.block_until_ready(jax.jit(ours(make_mask(T, is_causal=True)))(q, k, v))
@@ -341,7 +342,7 @@ def long() -> list[dict]:
         rows.append(record.row(f"T={T} N={N} causal", "worst relative error of out in 16 rows", "1", worst("out", out, T)))
         rows.append(record.row(f"T={T} N={N} causal", "forward, compiling included", "s", took))
         print(_line(rows[-2], "{:.2e}"), f"{took:.1f} s", flush=True)
-    return rows
+    yield rows
 
 
 def _line(row: dict, form: str = "{:.1f}") -> str:
@@ -377,12 +378,13 @@ SUITES = {"accuracy": accuracy, "speed": speed, "grouped": grouped, "sparse": sp
 
 
 def main(bench: Bench) -> None:
-    """Run the suites asked for, each into a file of its own."""
+    """Run the suites asked for, each into a file of its own, written again as its rows come."""
     if bench.draw:
         print(draw(bench.out))
         return
     for name in bench.suites:
-        record.save(f"kernel_{name}", SUITES[name](), bench.out)
+        for rows in SUITES[name]():
+            record.save(f"kernel_{name}", rows, bench.out)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ from flax import linen, nnx
 
 from tests.oracles import TOLERANCE, dense_mask, quick_jit, relative_error
 from ulysses_jax.attention import make_mask
+from ulysses_jax.flax_layers import FlaxAttention, attention_fn
 from ulysses_jax.mesh import make_mesh
-from ulysses_jax.ulysses import FlaxAttention, attention_fn
 
 B, T, N, D = 2, 16, 8, 32
 IDS = np.sort(np.random.default_rng(0).integers(1, 4, (B, T)), axis=1).astype(np.int32)

@@ -22,6 +22,7 @@ LAYERS = {
     "ring": {"mesh", "attention"},
     # The rule of head counts is config's.
     "ulysses": {"config", "mesh", "attention", "ring"},
+    "flax_layers": {"mesh", "attention", "ulysses"},
     # Attention on one device is what a model has when it is handed none.
     "model": {"config", "memory", "attention"},
     "zero": {"mesh"},

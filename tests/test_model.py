@@ -17,9 +17,10 @@ from tests.trainers import LENGTH, MODEL, by_name, compiled, make_batch, relativ
 from ulysses_jax import costs, recipes
 from ulysses_jax.attention import dot_product_attention, make_mask
 from ulysses_jax.config import ModelConfig, RopeScaling
+from ulysses_jax.flax_layers import attention_fn
 from ulysses_jax.mesh import make_mesh, token_spec
 from ulysses_jax.model import RMSNorm, Transformer, _each_group, apply_rope, rope_wavelengths
-from ulysses_jax.ulysses import ShardAttention, attention_fn
+from ulysses_jax.ulysses import ShardAttention
 
 ONE_LAYER = dataclasses.replace(MODEL, num_layers=1)
 BATCH = make_batch(tiny())

@@ -13,8 +13,9 @@ from jax.sharding import AxisType, PartitionSpec
 from tests.oracles import TOLERANCE, Case, errors_beyond, quick_jit, relative_error
 from ulysses_jax import bigbird_blocks, fixed_blocks, longformer_blocks
 from ulysses_jax.attention import BlockMask, dot_product_attention, make_mask
+from ulysses_jax.flax_layers import attention_fn
 from ulysses_jax.mesh import make_mesh
-from ulysses_jax.ulysses import attention_fn, ulysses_attention, ulysses_attention_shard
+from ulysses_jax.ulysses import ulysses_attention, ulysses_attention_shard
 
 PATTERNS = {
     "fixed": fixed_blocks,

@@ -15,7 +15,7 @@ Each device sends 4·T·N·H/P elements a layer (q, k, v and the output, of whic
 T and P grow together. Inside, attention is that of one device: dense or sparse, any implementation.
 
 `ulysses_attention_shard` is the core, for use inside a `shard_map` of the caller's; `ulysses_attention` is the door for
-global arrays; `attention_fn` dresses it for Flax's attention layers.
+global arrays; `flax_layers.attention_fn` dresses it for Flax's attention layers.
 """
 
 import dataclasses
@@ -51,9 +51,7 @@ from ulysses_jax.mesh import DATA, SEQ, axes_size
 from ulysses_jax.ring import ring_attention_shard
 
 __all__ = [
-    "FlaxAttention",
     "ShardAttention",
-    "attention_fn",
     "group_heads",
     "grouped_heads_to_seq",
     "grouped_seq_to_heads",
@@ -169,7 +167,7 @@ def ulysses_attention_shard(
     dealt_already = getattr(q, "ndim", 4) == 5
     plain = (q[0], k[0], v[0]) if dealt_already else (q, k, v)
     check_heads(*plain)
-    _check_ring(ring_axis, balanced=balanced, segment_ids=segment_ids, mask=mask)
+    check_ring(ring_axis, balanced=balanced, segment_ids=segment_ids, mask=mask)
     degree = _degree(axis_name)
     T, S = _lengths(*plain[:2], degree, length, ring_axis)
     dealing = None if dealt_already else deal_heads(q.shape[2], k.shape[2], degree)
@@ -263,10 +261,10 @@ def ulysses_attention(
       >>> mesh = make_mesh(data=2, seq=4)
       >>> out = ulysses_attention(q, k, v, mesh=mesh, is_causal=True)
     """
-    batch_axes = _axes(batch_axes)
+    batch_axes = axis_names(batch_axes)
     check_heads(q, k, v)
-    _check_axes(mesh, seq_axis, batch_axes, head_axis, ring_axis)
-    _check_ring(ring_axis, balanced=balanced, segment_ids=segment_ids, mask=mask)
+    check_axes(mesh, seq_axis, batch_axes, head_axis, ring_axis)
+    check_ring(ring_axis, balanced=balanced, segment_ids=segment_ids, mask=mask)
     _check_sizes(q, k, mesh, seq_axis, batch_axes, head_axis, ring_axis)
     is_causal, scale, logits_soft_cap = check_options(is_causal, scale, logits_soft_cap, implementation)
     if segment_ids is not None:  # checks the shapes here, where the whole sizes are known
@@ -384,115 +382,6 @@ class ShardAttention:
         return ulysses_attention_shard(q, k, v, **dataclasses.asdict(self), **options)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FlaxAttention:
-    """What `attention_fn` makes: `ulysses_attention` under the keywords of Flax's attention layers.
-
-    Every keyword is named, because Linen drops those that a function does not name.
-    """
-
-    mesh: Mesh
-    is_causal: bool = False
-    scale: float | None = None
-    local_window_size: Window = None
-    logits_soft_cap: float | None = None
-    block_mask: BlockMask | None = None
-    implementation: str | None = None
-    seq_axis: str = SEQ
-    batch_axes: tuple[str, ...] = (DATA,)
-    head_axis: str | None = None
-    ring_axis: str | None = None
-    balanced: bool = False
-
-    def __call__(
-        self,
-        query: Array,
-        key: Array,
-        value: Array,
-        bias: Array | None = None,
-        mask: Mask | None = None,
-        broadcast_dropout: bool = True,
-        dropout_rng: Array | None = None,
-        dropout_rate: float = 0.0,
-        deterministic: bool = True,
-        dtype=None,
-        precision=None,
-        module=None,
-        is_causal: bool = False,
-        scale: float | None = None,
-        local_window_size: Window = None,
-        segment_ids: Segments = None,
-        logits_soft_cap: float | None = None,
-        block_mask: BlockMask | None = None,
-        force_fp32_for_softmax: bool = False,
-        qk_attn_weights_einsum=None,
-        attn_weights_value_einsum=None,
-    ) -> Array:
-        del broadcast_dropout, dropout_rng, precision, force_fp32_for_softmax  # the softmax is float32 always
-        for name, given, way_out in (
-            ("bias", bias is not None, "Leave it out."),
-            ("dropout_rate", dropout_rate > 0 and not deterministic, "Set dropout_rate=0 in the attention layer."),
-            ("sow_weights", module is not None, "The weights are never held; leave it False."),
-            ("qk_attn_weights_einsum", qk_attn_weights_einsum is not None, "Leave it out."),
-            ("attn_weights_value_einsum", attn_weights_value_einsum is not None, "Leave it out."),
-        ):
-            if given:
-                raise NotImplementedError(f"{name} is set, which ulysses_attention cannot do. {way_out}")
-        if dtype is not None:
-            query, key, value = (x.astype(dtype) for x in (query, key, value))
-        own = (
-            {}
-            if mask is not None
-            else {
-                "is_causal": is_causal or self.is_causal,
-                "local_window_size": self.local_window_size if local_window_size is None else local_window_size,
-                "segment_ids": segment_ids,
-                "block_mask": self.block_mask if block_mask is None else block_mask,
-            }
-        )
-        return ulysses_attention(
-            query,
-            key,
-            value,
-            mesh=self.mesh,
-            mask=mask,
-            scale=self.scale if scale is None else scale,
-            logits_soft_cap=self.logits_soft_cap if logits_soft_cap is None else logits_soft_cap,
-            implementation=self.implementation,
-            seq_axis=self.seq_axis,
-            batch_axes=self.batch_axes,
-            head_axis=self.head_axis,
-            ring_axis=self.ring_axis,
-            balanced=self.balanced,
-            **own,
-        )
-
-
-def attention_fn(mesh: Mesh, **options) -> FlaxAttention:
-    """Ulysses attention for `nnx.MultiHeadAttention` and `linen.MultiHeadDotProductAttention`.
-
-    `options` are those of `ulysses_attention`. A mask given to the layer must be a `make_mask` result; it replaces
-    `is_causal`, `local_window_size` and `block_mask`. Two results with equal options are equal, so a model that holds one is
-    not recompiled.
-
-    Example:
-      >>> layer = nnx.MultiHeadAttention(8, 512, attention_fn=attention_fn(mesh, is_causal=True), decode=False, rngs=rngs)
-    """
-    known = {field.name for field in dataclasses.fields(FlaxAttention)} - {"mesh"}
-    if unknown := sorted(options.keys() - known):
-        raise ValueError(
-            f"attention_fn has no option {unknown[0]!r}; the options are {', '.join(sorted(known))}. "
-            "mask and segment_ids are given to the layer's call."
-        )
-    options["batch_axes"] = _axes(options.get("batch_axes", (DATA,)))
-    attention = FlaxAttention(mesh=mesh, **options)
-    _check_axes(mesh, attention.seq_axis, attention.batch_axes, attention.head_axis, attention.ring_axis)
-    _check_ring(attention.ring_axis, balanced=attention.balanced)
-    check_options(attention.is_causal, attention.scale, attention.logits_soft_cap, attention.implementation)
-    normalize_window(attention.local_window_size)
-    return attention
-
-
 def _degree(axis_name: str, argument: str = "axis_name") -> int:
     """P, the size of a mesh axis inside `shard_map`."""
     try:
@@ -524,11 +413,11 @@ def _check_groups(x: Array, axis_name: str) -> None:
         )
 
 
-def _axes(batch_axes: Sequence[str] | str | None) -> tuple[str, ...]:
+def axis_names(batch_axes: Sequence[str] | str | None) -> tuple[str, ...]:
     return (batch_axes,) if isinstance(batch_axes, str) else tuple(batch_axes or ())
 
 
-def _check_axes(mesh: Mesh, seq_axis: str, batch_axes: tuple[str, ...], head_axis: str | None, ring_axis: str | None) -> None:
+def check_axes(mesh: Mesh, seq_axis: str, batch_axes: tuple[str, ...], head_axis: str | None, ring_axis: str | None) -> None:
     if not isinstance(mesh, Mesh | AbstractMesh):
         raise ValueError(f"mesh is {in_words(mesh)}; it must be a jax.sharding.Mesh, such as make_mesh(data=2, seq=4).")
     named = [("seq_axis", seq_axis), *(("batch_axes", axis) for axis in batch_axes)]
@@ -577,7 +466,7 @@ def _check_sizes(
         )
 
 
-def _check_ring(ring_axis: str | None, *, balanced: bool, segment_ids: Segments = None, mask: Mask | None = None) -> None:
+def check_ring(ring_axis: str | None, *, balanced: bool, segment_ids: Segments = None, mask: Mask | None = None) -> None:
     """What goes with a ring and what does not."""
     if not isinstance(balanced, bool):
         raise ValueError(f"balanced is {in_words(balanced)}; it must be True or False, known before compiling.")

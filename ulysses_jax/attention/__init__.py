@@ -280,23 +280,27 @@ def check_platform(implementation: str | None, platform: str) -> None:
 def _resolve(q: Array, mask: Mask, options: Options) -> str:
     """The implementation that runs: the one named, where the devices have it, or the best they have.
 
-    Unnamed, "cudnn" where it can do what is asked, else "xla". "pallas" is not chosen by itself before it is measured.
+    Unnamed, on Hopper: "pallas" for heads of 128, where a training step is faster by it, and for what cuDNN lacks. Elsewhere
+    "cudnn" where it can do what is asked, else "xla" (`experiments/results/`, train_1p2b_2gpu and kernel_speed).
     """
     platform, kind = _device()
-    named = options.implementation
+    named, hopper = options.implementation, any(name in kind for name in HOPPER)
     if named in ("xla", "reference"):
         return named
-    lacking = _cudnn_lacks(q, mask, options)
+    lacking, hopper_lacking = _cudnn_lacks(q, mask, options), hopper_lacks(q, mask, options.scale)
     if named == "cudnn":
         if lacking:
             raise NotImplementedError(f"implementation='cudnn' cannot do {lacking}; use implementation='xla'.")
         check_platform(named, platform)
         return named
-    if named == "pallas" and any(name in kind for name in HOPPER):
-        if lacking := hopper_lacks(q, mask, options.scale):
-            raise NotImplementedError(f"implementation='pallas' cannot do {lacking}; use implementation='xla'.")
+    if named == "pallas" and hopper:
+        if hopper_lacking:
+            raise NotImplementedError(f"implementation='pallas' cannot do {hopper_lacking}; use implementation='xla'.")
         return named
-    chosen = "cudnn" if platform in ("gpu", "cuda") and lacking is None else "xla"
+    if hopper and hopper_lacking is None and (lacking or q.shape[-1] == 128):
+        chosen = "pallas"
+    else:
+        chosen = "cudnn" if platform in ("gpu", "cuda") and lacking is None else "xla"
     _say_once(chosen, kind, named)
     return chosen
 
