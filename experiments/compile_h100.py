@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from experiments import record
 from ulysses_jax import recipes
-from ulysses_jax.attention import make_mask
+from ulysses_jax.attention import longformer_blocks, make_mask
 from ulysses_jax.attention.hopper import HEAD_DIMS, hopper_attention
 from ulysses_jax.config import MeshConfig
 from ulysses_jax.plan import absent_mesh, compile_for, ledger
@@ -68,6 +68,7 @@ KERNELS = {
     "documents": {"is_causal": True, "documents": True},
     "grouped heads": {"is_causal": True, "kv_heads": 2},
     "soft cap": {"is_causal": True, "soft_cap": 30.0},
+    "blocks": {"is_causal": True, "block_mask": longformer_blocks(8192)},
     "deterministic": {"is_causal": True, "deterministic": True},
 }
 
