@@ -195,10 +195,11 @@ def layer(
 def time_layers(bench: Bench, mesh: Mesh, T: int) -> list[dict]:
     """Rows on a layer: on P devices, on one with 1/P of heads and no exchange, and in chunks."""
     P, alone = bench.seq, make_mesh(devices=list(mesh.devices.flat[:1]))
-    heads = {"heads": bench.heads, "kv_heads": bench.kv_heads}
+    heads: Any = {"heads": bench.heads, "kv_heads": bench.kv_heads}
     # The same products and attention: T tokens by 1/P of the heads are T/P tokens by all of them.
-    fewer = {name: count // P for name, count in heads.items()}
-    plain, one = (layer(bench, on, T, **n, recomputes=False)[0] for on, n in ((mesh, heads), (alone, fewer)))
+    fewer: Any = {name: count // P for name, count in heads.items()}
+    plain, _ = layer(bench, mesh, T, recomputes=False, **heads)
+    one, _ = layer(bench, alone, T, recomputes=False, **fewer)
     many, many_bytes = layer(bench, mesh, T, **heads)
     chunked, chunked_bytes = layer(bench, mesh, T, **heads, chunks=bench.chunks)
     plain_case = f"layer T={T} N={bench.heads} K={bench.kv_heads} P={P} {bench.implementation} forward+backward"
