@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.oracles import TOLERANCE, Case, attention, attention_gradients, errors_beyond, quick_jit
-from ulysses_jax.attention import dot_product_attention, make_mask
+from ulysses_jax.attention import _say_once, dot_product_attention, make_mask
 from ulysses_jax.attention.blocked import blocked_attention
 
 CASES = {
@@ -232,6 +232,28 @@ def test_cudnn_refuses_what_it_lacks(dtype, head_dim, options, lacking):
     x = heads(1, 16, 2, head_dim, dtype=dtype)
     with pytest.raises(NotImplementedError, match=f"implementation='cudnn' cannot do {lacking}.*use implementation='xla'"):
         dot_product_attention(x, x, x, implementation="cudnn", **options)
+
+
+def test_cudnn_refuses_odd_lengths():
+    """cuDNN's backward takes none: said here, before a gradient says it from inside jax."""
+    x = heads(1, 17, 2, 64, dtype=jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match=r"cannot do lengths 17 and 17 \(only even ones"):
+        dot_product_attention(x, x, x, implementation="cudnn")
+
+
+@pytest.mark.usefixtures("cudnn_declared")
+@pytest.mark.parametrize(
+    ("head_dim", "options", "chosen"),
+    [(128, {}, "pallas"), (64, {}, "cudnn"), (64, {"logits_soft_cap": 30.0}, "pallas"), (96, {"logits_soft_cap": 30.0}, "xla")],
+)
+def test_on_hopper_the_faster_kernel_is_chosen_that_can_do_it(monkeypatch, caplog, head_dim, options, chosen):
+    """Choosing "cudnn" whatever it lacks breaks it."""
+    monkeypatch.setattr("ulysses_jax.attention._device", lambda: ("gpu", "NVIDIA H100 80GB HBM3"))
+    x = jax.ShapeDtypeStruct((1, 256, 2, head_dim), jnp.bfloat16)
+    _say_once.cache_clear()
+    with caplog.at_level("INFO", logger="ulysses_jax.attention"):
+        jax.eval_shape(functools.partial(dot_product_attention, **options), x, x, x)
+    assert f"implementation='{chosen}'" in caplog.text
 
 
 @pytest.fixture

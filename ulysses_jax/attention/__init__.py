@@ -326,6 +326,8 @@ def _cudnn_lacks(q: Array, mask: Mask, options: Options) -> str | None:
         return f"dtype {q.dtype} (only bfloat16 and float16)"
     if q.shape[-1] % 8 or q.shape[-1] > 256:
         return f"head size {q.shape[-1]} (only multiples of 8 up to 256)"
+    if mask.query_length % 2 or mask.key_length % 2:
+        return f"lengths {mask.query_length} and {mask.key_length} (only even ones, in its backward)"
     if mask.query_ids is not None:
         return "segment_ids"
     if mask.blocks is not None:
