@@ -19,6 +19,7 @@ from tests.oracles import Case, attention, attention_gradients, dense_mask, erro
 from ulysses_jax.attention import hopper
 from ulysses_jax.attention.hopper import HEAD_DIMS, hopper_attention
 from ulysses_jax.attention.masks import BlockMask, make_mask, tile_ranges
+from ulysses_jax.attention.reference import reference_attention
 from ulysses_jax.ulysses import ulysses_attention_shard
 
 # bfloat16 results against float64 of the same inputs: each gradient within 5e-3, the output within 3e-3.
@@ -85,6 +86,24 @@ def test_blocks_that_work_off_several_tiles_equal_the_oracle(monkeypatch, option
     want = attention(q, k, v, **case.mask_options(), scale=0.125)
     assert not errors_beyond(OUTPUT, {"out": out}, {"out": want["out"]})
     assert not errors_beyond(1e-5, {"lse": lse}, {"lse": want["lse"]})
+
+
+@pytest.mark.slow
+def test_a_piece_of_a_sequence_has_its_diagonal_anywhere():
+    """Queries that stand 37 behind their keys: masking only the first tile walked breaks it."""
+    case = Case(B=1, T=300, N=1, H=64)
+    q, k, v, d_out, _ = map(jnp.asarray, case.arrays("bfloat16").values())
+    mask = make_mask(case.T, is_causal=True, shift=jnp.int32(37))
+
+    kernel = functools.partial(hopper_attention, interpret=plgpu.InterpretGPUParams())
+    oracle = functools.partial(reference_attention, logits_soft_cap=None)
+    out, back = jax.vjp(lambda q, k, v: kernel(q, k, v, mask, scale=0.125)[0], q, k, v)
+    exact = (x.astype(jnp.float32) for x in (q, k, v))
+    want, want_back = jax.vjp(lambda q, k, v: oracle(q, k, v, mask, scale=0.125)[0], *exact)
+    assert not errors_beyond(OUTPUT, {"out": out}, {"out": want})
+    names: list[str] = ["dq", "dk", "dv"]
+    got, expected = (dict(zip(names, b, strict=True)) for b in (back(d_out), want_back(d_out.astype(jnp.float32))))
+    assert not errors_beyond(GRADIENT, got, expected)
 
 
 def test_tiles_are_dealt_once_each_and_evenly():

@@ -1,12 +1,13 @@
 """Flash attention for Hopper GPUs (sm90) in Pallas Mosaic GPU, forward and backward.
 
 Each block of threads is three warpgroups. Two compute; the third only starts copies (TMA) into a ring of shared-memory
-buffers and waits until they may be filled again. What a tile may see comes from `masks.tile_ranges`: tiles outside a row's
-live range are never visited, tiles inside the full range never masked, and in those between each row hides what lies outside
-its own range [first, end).
+buffers and waits until they may be filled again. What a tile may see comes from `masks.tile_ranges`, or with a block mask from
+lists of tiles: tiles outside a row's live range are never visited, tiles inside the full range never masked, and in those
+between each row hides what lies outside its own range [first, end).
 
-    forward   a block owns 2 × 64 queries of one head and walks its key tiles from right to left, so that of a causal mask only
-              the first tile is masked. The product with V of one tile runs under the softmax of the next.
+    forward   a block works off tiles of 2 × 64 queries of a head and walks each one's key tiles from right to left, so that
+              of a causal mask only the first is masked. The product with V of one tile runs under the softmax of the next, and
+              the queries of the next tile come while this one's are in use.
     backward  a block owns 2 × 64 keys of one KV head and walks the query tiles of all heads that read it. S and dP are
               computed transposed, dK and dV stay in registers, and dQ is added up in float32 by TMA: five products a tile.
               The order of those additions varies; `deterministic` computes dQ in a pass of its own instead (seven products),
@@ -362,8 +363,8 @@ def _forward(options: _Options, q: Array, k: Array, v: Array, mask: Mask) -> tup
     tilings = HEAD_DIMS[H]
     block, stages, registers = tilings.forward
     rows = 2 * WARPGROUP_ROWS
-    # Where only the first tiles walked can be partial, the loop needs no mask at all.
-    partial_loop = mask.window is not None or mask.query_ids is not None
+    # Where only the first tiles walked can be partial, the loop needs no mask at all; a shift moves the diagonal off the tiles.
+    partial_loop = any(x is not None for x in (mask.window, mask.query_ids, mask.shift))
     masked_steps = pl.cdiv(rows, block) + (rows % block > 0) if mask.is_causal else 1
     tiles = pl.cdiv(T, rows)
     weights = _steps_known(mask, rows, block) if tilings.persistent else None
