@@ -266,9 +266,14 @@ def accuracy() -> Iterator[list[dict]]:
     cases["blocks a head"] = {"K": 2}, {**causal, "block_mask": blocks}, {}
     cases["blocks, deterministic"] = {}, {"block_mask": blocks}, {"deterministic": True}
     rows = []
-    for name, (sizes, mask, options) in cases.items():
-        rows += _errors(name, {"T": 1033, "N": 4, "H": 128, **sizes}, mask, options)
-        yield rows
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:  # most of the time is the compiler's
+        found = [
+            pool.submit(_errors, name, {"T": 1033, "N": 4, "H": 128, **sizes}, mask, options)
+            for name, (sizes, mask, options) in cases.items()
+        ]
+        for case in found:
+            rows += case.result()
+            yield rows
 
 
 def _errors(name: str, sizes: dict[str, int], mask_options: dict, options: dict) -> list[dict]:
