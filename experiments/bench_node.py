@@ -120,8 +120,8 @@ def measure(config: TrainConfig, runs: int) -> dict[str, float]:
         "tokens_per_s_per_device": tokens / took / mesh.size,
         "model_tflops_per_device": flops / took / mesh.size / 1e12,
         "compile": compiled,
-        "compiled_device": (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / GIB,
-        "compiled_host": (memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes) / GIB,
+        "device memory": (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / GIB,
+        "host memory": (memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes) / GIB,
     }
 
 
@@ -134,13 +134,13 @@ def predicted(plan: Plan) -> dict[str, float]:
         "step": took,
         "tokens_per_s_per_device": tokens / took / size,
         "model_tflops_per_device": flops / took / size / 1e12,
-        "compiled_device": sum(plan.device.values()) / GIB,
-        "compiled_host": sum(plan.host.values()) / GIB,
+        "device memory": sum(plan.device.values()) / GIB,
+        "host memory": sum(plan.host.values()) / GIB,
     }
 
 
 UNITS = {"step": "s", "tokens_per_s_per_device": "tokens/s a device", "model_tflops_per_device": "TFLOP/s a device"}
-UNITS |= {"compile": "s", "compiled_device": "GiB a device", "compiled_host": "GiB for each device"}
+UNITS |= {"compile": "s", "device memory": "GiB a device", "host memory": "GiB for each device"}
 
 
 def _on_cpu(config: TrainConfig) -> TrainConfig:
