@@ -27,6 +27,7 @@ import tyro
 from jax import Array
 
 from experiments import record
+from ulysses_jax import costs
 from ulysses_jax.attention import BlockMask, Mask, dot_product_attention, make_mask
 from ulysses_jax.attention.reference import reference_attention
 
@@ -157,7 +158,7 @@ def seconds(calls: dict[str, Callable]) -> dict[str, float]:
 
 def visible_flops(T: int, N: int, H: int, *, is_causal: bool) -> float:
     """FLOPs of a forward; forward and backward are 3.5 times that."""
-    return 4.0 * T * T * N * H / (2 if is_causal else 1)
+    return costs.attention_flops(T * T, N, H) / (2 if is_causal else 1)
 
 
 # Suites.
