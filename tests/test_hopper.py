@@ -43,9 +43,11 @@ INTERPRETED = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", INTERPRETED)
-def test_interpreted_equals_the_oracle_and_has_no_races(name):
+def test_interpreted_equals_the_oracle_and_has_no_races(name, monkeypatch):
     """Without `_drain` the interpreter reports barriers left uncompleted; with `columns <= across(end)` the error is beyond."""
     case, deterministic = INTERPRETED[name]
+    if name in ("gqa_window_cap", "blocks"):  # heads that read one KV head walked together, which so few tiles would not be
+        monkeypatch.setattr(hopper, "parts_of_group", lambda group, tiles: 1)
     arrays = case.arrays("bfloat16")
     mask = make_mask(case.T, case.S or case.T, **case.mask_options())
     scale = case.score_options()["scale"] or case.H**-0.5
@@ -104,23 +106,6 @@ def test_a_piece_of_a_sequence_has_its_diagonal_anywhere():
     names: list[str] = ["dq", "dk", "dv"]
     got, expected = (dict(zip(names, b, strict=True)) for b in (back(d_out), want_back(d_out.astype(jnp.float32))))
     assert not errors_beyond(GRADIENT, got, expected)
-
-
-def test_tiles_are_dealt_once_each_and_evenly():
-    """Tiles of heads one after the other, without `swapaxes`, leave the last blocks with 3 % more."""
-    heads, tiles = 64, 64
-    dealt = hopper._deal(heads, tiles, 4 << 20, 132, tuple(range(1, tiles + 1)))
-    assert sorted(dealt[dealt >= 0].tolist()) == list(range(heads * tiles))
-    work = np.where(dealt >= 0, dealt % tiles + 2, 0).sum(1)
-    assert work.max() <= 1.01 * work.mean()
-
-
-@pytest.mark.parametrize(("heads", "tiles", "megabytes"), [(64, 64, 4), (16, 256, 16), (8, 64, 33), (4, 256, 64)])
-def test_the_order_of_tiles_keeps_the_multiprocessors_busy(heads, tiles, megabytes):
-    """One head at a time leaves a fifth of the time idle for 8 heads of 64 tiles."""
-    order = hopper._order(heads, tiles, megabytes << 20, 132, heaviest_last=True)
-    assert sorted(order[:, 0].tolist()) == list(range(heads * tiles))
-    assert hopper._busy(order[:, 0], tuple(range(1, tiles + 1)), 132) > 0.96
 
 
 LOWERED = {

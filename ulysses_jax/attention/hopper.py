@@ -22,7 +22,6 @@ Overlap of the two products and the softmax follows FlashAttention-3 (arXiv 2407
 # pyright: reportReturnType=false
 
 import functools
-import heapq
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
@@ -32,11 +31,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.core import Tracer
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ulysses_jax.attention.blocked import varying_like
 from ulysses_jax.attention.masks import Mask, tile_ranges
+from ulysses_jax.attention.schedule import MULTIPROCESSORS, SHARED_L2, Order, dealt, handfuls, in_order, parts_of_group
 
 __all__ = ["HEAD_DIMS", "Tiling", "hopper_attention", "hopper_attention_backward", "hopper_lacks"]
 
@@ -45,9 +46,11 @@ ROWS = WGMMA.reduce(1)  # one value a row of a product
 COLUMNS = WGMMA.reduce(0)  # one value a column
 LOG2E = math.log2(math.e)
 LOWEST = -1e30  # the running maximum's start: finite, so that a row that saw nothing yet subtracts no infinities
-MULTIPROCESSORS = 132  # of an H100 or H200; with fewer the blocks beyond come later, with more some are idle
-SHARED_L2 = 32 << 20  # bytes that the heads walked at one time may read over and over; an H100 has 50 MB of L2
 WARPGROUP_ROWS = 64  # rows of a product that one warpgroup holds
+
+# All of a block's computing threads have written what the tensor cores read next: one barrier for what would take three, one of
+# each warpgroup for the copies before, another for what it wrote, and one in shared memory for both.
+MEET = f"fence.proxy.async.shared::cta; bar.sync 8, {2 * 128};"
 
 i32 = jnp.int32
 
@@ -197,8 +200,8 @@ class _Walk(NamedTuple):
 
     A block of threads works off one row of `items`, [blocks, items of a block, 8] int32, each the batch index, the head, the
     tile, the first and end of its steps, two more, and the number of items. Step i visits tile i, and the two more are the
-    first and end of those tiles that hide nothing; or, with a block mask, the first of them is a row of `lists`, whose entry i
-    is (2 · tile + whether it hides nothing) · heads + head, of `heads` that walk one list.
+    first and end of those tiles that hide nothing; or, with a block mask, a row of `lists`, whose entry i is
+    (2 · tile + whether it hides nothing) · heads + head, of `heads` that walk one list, and the first entry of that row.
     """
 
     items: Array
@@ -207,49 +210,51 @@ class _Walk(NamedTuple):
     end: Array
 
     @classmethod
-    def of(cls, rows: tuple[Array, Array], tile: int, step: int, order: np.ndarray, heads: int, lists=None) -> "_Walk":
-        """`order` [blocks, items of a block]: (batch index · heads + head) · tiles + tile, and −1 where a block has no more.
-
-        `lists`: codes [1 or heads, 1 or B, tiles, width], and how many count.
-        """
+    def of(cls, rows: tuple[Array, Array], tile: int, step: int, order: Order, heads: int, lists=None) -> "_Walk":
+        """`lists`: codes [1 or heads, 1 or B, tiles, width], and how many count."""
         first, end = (_pad(x.astype(i32), 1, tile) for x in rows)
         tiles = -(-rows[0].shape[1] // tile)
-        items, order = (order >= 0).sum(1, keepdims=True), np.maximum(order, 0)
-        head, index = np.divmod(order, tiles)
+        items, taken = (order.items >= 0).sum(1, keepdims=True), np.maximum(order.items, 0)
+        head, index = np.divmod(taken, tiles)
         batch, head = np.divmod(head, heads)
-        known = np.stack([batch, head, index], axis=2).astype(np.int32)
+        pick = lambda x: x[head if x.shape[0] > 1 else 0, batch if x.shape[1] > 1 else 0, index]  # noqa: E731
         if lists is None:
-            ranges, codes = tile_ranges(*rows, tile, step), jnp.zeros((1, 1), i32)
-            found = ranges[batch if ranges.shape[0] > 1 else 0, index]
+            ranges, codes = tile_ranges(*rows, tile, step)[None], jnp.zeros((1, 1), i32)
         else:
-            codes, counts = lists
-            row = ((head if codes.shape[0] > 1 else 0) * codes.shape[1] + (batch if codes.shape[1] > 1 else 0)) * tiles + index
-            steps, row = counts.reshape(-1)[row], np.asarray(row, np.int32)
-            found = jnp.stack([jnp.zeros_like(steps), steps, jnp.asarray(row), jnp.zeros_like(steps)], axis=2)
+            codes, steps = lists
+            row = jnp.arange(steps.size, dtype=i32).reshape(steps.shape)
+            ranges = jnp.stack([jnp.zeros_like(steps), steps, row, codes[..., 0]], axis=-1)
             codes = codes.reshape(-1, codes.shape[3])
-        items = np.broadcast_to(items, order.shape)[..., None].astype(np.int32)
-        return cls(jnp.concatenate([known, found, items], axis=2), codes, first, end)
+        if not order.known:  # the n-th of a head's tiles is the n-th lightest
+            index = pick(jnp.argsort(ranges[..., 1] - ranges[..., 0], axis=-1))
+        told = (jnp.asarray(x, i32)[..., None] for x in (batch, head, index))
+        items = jnp.asarray(np.broadcast_to(items, taken.shape)[..., None], i32)
+        return cls(jnp.concatenate([*told, pick(ranges), items], axis=2), codes, first, end)
 
 
 class _Tile:
     """The scalars of one item: where it lies, which tiles it walks, and whether one of them hides nothing."""
 
-    def __init__(self, items, lists, n):
-        at = items.at[lax.axis_index("block"), n]
+    def __init__(self, item, lists):
         # Under shard_map a value read is typed as varying while arithmetic on it is not, and a loop wants one type: compute.
         self.batch, self.head, self.index, self.first, self.end, self.full_first, self.full_end = (
-            jnp.maximum(at[i], 0) for i in range(7)
+            jnp.maximum(item[i], 0) for i in range(7)
         )
         self.lists = lists if lists.shape[1] > 1 else None
 
-    def visit(self, i, heads: int = 1, steps=None) -> tuple[Array, Array, Callable[[], Array]]:
-        """(head, tile, whether it hides nothing) of step i of `steps`, which go from right to left, or from left to right."""
+    def peek(self, i):
+        """The listed code of step i: to be read a step ahead, as the memory is far away; 0 without lists."""
+        if self.lists is None:
+            return i32(0)
+        return self.full_end if isinstance(i, int) and i == 0 else jnp.maximum(self.lists.at[self.full_first][i], 0)
+
+    def visit(self, i, code, heads: int = 1, end=None) -> tuple[Array, Array, Callable[[], Array]]:
+        """(head, tile, whether it hides nothing) of step i, from right to left, starting before `end` or the last live tile."""
         if self.lists is not None:
-            code = jnp.maximum(self.lists.at[self.full_first][i], 0)
             tile = lax.div(code, i32(2 * heads))
             return lax.rem(code, i32(heads)), tile, lambda: lax.rem(lax.div(code, i32(heads)), i32(2)) == 1
         nth = lax.div(i, i32(heads))  # heads innermost, so that i is all there is to keep in registers
-        j = self.first + (nth if steps is None else steps - 1 - nth)
+        j = (self.end if end is None else end) - 1 - nth
         return lax.rem(i, i32(heads)), j, lambda: (j >= self.full_first) & (j < self.full_end)
 
 
@@ -257,90 +262,61 @@ def _key_lists(mask: Mask, rows: int, step: int, least: int = 1):
     """The codes and counts by which tiles of queries walk a block mask; None without one."""
     if mask.blocks is None:
         return None
-    tiles, counts, full = mask.block_lists(rows, step)
-    codes = jnp.where(jnp.arange(tiles.shape[3]) < counts[..., None], 2 * tiles + full, 2 * tiles.shape[3])
-    # Past its count a list names a tile past the end, all of which is hidden: `least` of them may be walked.
-    return jnp.pad(codes, ((0, 0), (0, 0), (0, 0), (0, least)), constant_values=2 * tiles.shape[3]), counts
+    with jax.ensure_compile_time_eval():  # of a layout that is known, once
+        tiles, counts, full = mask.block_lists(rows, step)
+        codes = jnp.where(jnp.arange(tiles.shape[3]) < counts[..., None], 2 * tiles + full, 2 * tiles.shape[3])
+        # Past its count a list names a tile past the end, all of which is hidden: `least` may be walked, one more is read.
+        return jnp.pad(codes, ((0, 0), (0, 0), (0, 0), (0, least + 1)), constant_values=2 * tiles.shape[3]), counts
 
 
 def _query_lists(mask: Mask, rows: int, step: int, heads: int, kv_heads: int):
     """The codes and counts by which tiles of keys walk a block mask, over the queries of all heads that read them."""
     if mask.blocks is None:
         return None
-    tiles, counts, full = mask.block_lists_of_keys(rows, step)
-    group = heads // kv_heads
-    codes = 2 * tiles + full
-    if codes.shape[0] > 1:
-        codes, counts = (x.reshape(kv_heads, group, *x.shape[1:]) for x in (codes, counts))
-    else:  # one list for all heads
-        codes, counts = (jnp.broadcast_to(x[:, None], (1, group, *x.shape[1:])) for x in (codes, counts))
-    width = codes.shape[4]
-    listed = jnp.arange(width) < counts[..., None]
-    codes, listed = codes * group + jnp.arange(group)[:, None, None, None], listed
-    joined, listed = (x.transpose(0, 2, 3, 4, 1).reshape(*x.shape[:1], *x.shape[2:4], -1) for x in (codes, listed))
-    packed = jnp.argsort(~listed, axis=-1, stable=True)
-    codes = jnp.take_along_axis(joined, packed, axis=-1).astype(i32)
-    return jnp.pad(codes, ((0, 0), (0, 0), (0, 0), (0, 1))), counts.sum(1)
+    with jax.ensure_compile_time_eval():
+        tiles, counts, full = mask.block_lists_of_keys(rows, step)
+        group = heads // kv_heads
+        codes = 2 * tiles + full
+        if codes.shape[0] > 1:
+            codes, counts = (x.reshape(kv_heads, group, *x.shape[1:]) for x in (codes, counts))
+        else:  # one list for all heads
+            codes, counts = (jnp.broadcast_to(x[:, None], (1, group, *x.shape[1:])) for x in (codes, counts))
+        width = codes.shape[4]
+        listed = jnp.arange(width) < counts[..., None]
+        codes, listed = codes * group + jnp.arange(group)[:, None, None, None], listed
+        joined, listed = (x.transpose(0, 2, 3, 4, 1).reshape(*x.shape[:1], *x.shape[2:4], -1) for x in (codes, listed))
+        packed = jnp.argsort(~listed, axis=-1, stable=True)
+        codes = jnp.take_along_axis(joined, packed, axis=-1).astype(i32)
+        return jnp.pad(codes, ((0, 0), (0, 0), (0, 0), (0, 1))), counts.sum(1)
 
 
-def _each_item(items, lists, body: Callable, carry):
-    """`body(n, tile, carry)` for the items of this block; with one a block, without a loop."""
+def _each_item(items, body: Callable, carry):
+    """`body(n, carry)` for the items of this block; with one a block, without a loop."""
     if items.shape[1] == 1:
-        return body(i32(0), _Tile(items, lists, 0), carry)
-    return lax.fori_loop(i32(0), _count(items), lambda n, carry: body(n, _Tile(items, lists, n), carry), carry)
+        return body(lax.rem(lax.axis_index("block"), i32(1)), carry)  # a zero that is traced: Pallas closes over no literal
+    return lax.fori_loop(i32(0), _count(items), body, carry)
 
 
-@functools.cache
-def _order(heads: int, tiles: int, bytes_a_head: int, blocks: int, *, heaviest_last: bool = False) -> np.ndarray:
-    """head · tiles + tile, in the order in which the multiprocessors take them: [heads · tiles, 1].
-
-    The tiles of some heads side by side, heaviest first. With one head at a time the heavy tiles of the last come late and the
-    GPU runs half empty at the end; with too many at a time, what they read does not stay in the L2 cache. As many are taken as
-    fit in there, or, if that is less, the fewest that keep `blocks` multiprocessors busy under a causal mask.
-    """
-    fitting = min(heads, max(1, SHARED_L2 // bytes_a_head))
-    choices = [n for n in range(1, heads + 1) if heads % n == 0]
-    members = max(n for n in choices if n <= fitting)
-    causal = tuple(range(1, tiles + 1))
-    if heads * tiles <= 64 * blocks:  # with more, the end of the last head is short beside the whole
-        busy = {n: _busy(_side_by_side(heads, tiles, n, True)[:, 0], causal, blocks) for n in choices if n >= members}
-        members = min(n for n, share in busy.items() if share > 0.99 * max(busy.values()))
-    return _side_by_side(heads, tiles, members, heaviest_last)
+def _order_of_queries(mask: Mask, heads: int, tiles: int, key_bytes: int, rows: int, step: int, lists) -> Order:
+    """How the forward's blocks share out the tiles of queries; `key_bytes` are those of a head's K and V."""
+    weights = _steps_known(mask, rows, step, lists)
+    if weights is None:
+        if heads * tiles >= 8 * MULTIPROCESSORS:
+            return handfuls(heads, tiles, key_bytes)
+        return Order(in_order(heads, tiles, key_bytes, heaviest_last=True).reshape(-1, 1), known=False)
+    if key_bytes <= SHARED_L2:
+        return dealt(heads, tiles, key_bytes, weights)
+    # Blocks dealt beforehand drift apart, and would read the keys each for itself.
+    return Order(in_order(heads, tiles, key_bytes, heaviest_last=True).reshape(-1, 1), known=True)
 
 
-def _side_by_side(heads: int, tiles: int, members: int, heaviest_last: bool) -> np.ndarray:
-    order = np.arange(heads * tiles).reshape(-1, members, tiles)
-    return (order[:, :, ::-1] if heaviest_last else order).swapaxes(1, 2).reshape(-1, 1)
-
-
-def _busy(order: np.ndarray, weights: tuple[int, ...], blocks: int) -> float:
-    """Which share of the time the multiprocessors work, where each takes the next item when it is done with one."""
-    done = [0] * blocks
-    for item in order.tolist():
-        heapq.heapreplace(done, done[0] + weights[item % len(weights)] + 1)
-    return (sum(weights) + len(weights)) * len(order) / len(weights) / blocks / max(done)
-
-
-@functools.cache
-def _deal(heads: int, tiles: int, bytes_a_head: int, blocks: int, weights: tuple[int, ...]) -> np.ndarray:
-    """`_order`, dealt to as many blocks as run at one time: [blocks, most items of a block], −1 where one has no more.
-
-    Each item goes to the block that is done first, where a tile takes as long as it has steps (`weights`), and a little more.
-    """
-    order = _order(heads, tiles, bytes_a_head, blocks, heaviest_last=True)[:, 0]
-    dealt, free = [[] for _ in range(blocks)], [(0, block) for block in range(blocks)]
-    for item in order.tolist():
-        done, block = free[0]
-        heapq.heapreplace(free, (done + weights[item % tiles] + 1, block))
-        dealt[block].append(item)
-    most = max(map(len, dealt))
-    return np.array([items + [-1] * (most - len(items)) for items in dealt if items], np.int32)
-
-
-def _steps_known(mask: Mask, tile: int, step: int) -> tuple[int, ...] | None:
-    """For each tile of queries the tiles of keys it walks, where that is known beforehand: without documents and blocks."""
-    if mask.query_ids is not None or mask.shift is not None or mask.blocks is not None:
+def _steps_known(mask: Mask, tile: int, step: int, lists) -> tuple[int, ...] | None:
+    """For each tile of queries the tiles of keys it walks (of all heads, or of each), where that is known beforehand."""
+    if mask.query_ids is not None or mask.shift is not None:
         return None
+    if lists is not None:
+        counts = lists[1]
+        return None if isinstance(counts, Tracer) else tuple(np.maximum(np.asarray(counts), 1).ravel().tolist())
     left, right = mask.window or (mask.key_length + mask.query_length,) * 2
     start = np.arange(0, mask.query_length, tile)
     last = np.minimum(start + tile, mask.query_length) - 1 + (0 if mask.is_causal else right)
@@ -348,10 +324,23 @@ def _steps_known(mask: Mask, tile: int, step: int) -> tuple[int, ...] | None:
     return tuple(np.maximum(steps, 1).tolist())
 
 
-def _hide(x: Array, first_ref, end_ref, batch, base, column) -> Array:
-    """−inf where a row's range, in rows base … base + 63 of the refs, leaves out the column (`column` + index)."""
-    rows = (batch if first_ref.shape[0] > 1 else 0, pl.ds(base, x.shape[0]))
-    first, end = (plgpu.load(ref.at[rows], layout=ROWS, optimized=False) for ref in (first_ref, end_ref))
+def _is_known(mask: Mask) -> bool:
+    """Are a tile's steps known beforehand, and the heaviest the last of causal queries, the first of causal keys?"""
+    return mask.query_ids is None and mask.shift is None and mask.blocks is None
+
+
+def _rows_at(ref, batch, base, count: int):
+    """Rows base … base + count − 1 of a [B or 1, rows] ref."""
+    return ref.at[batch if ref.shape[0] > 1 else 0, pl.ds(base, count)]
+
+
+def _per_row(ref) -> Array:
+    return plgpu.load(ref, layout=ROWS, optimized=False)
+
+
+def _hide(x: Array, ranges: tuple[Array, ...], column) -> Array:
+    """−inf where a row's range, of `ranges` (first, end), leaves out the column (`column` + index)."""
+    first, end = ranges
     columns = plgpu.broadcasted_iota(i32, x.shape, 1, layout=WGMMA) + column
     across = lambda row: lax.broadcast_in_dim(row, x.shape, [0])  # noqa: E731
     return jnp.where((columns >= across(first)) & (columns < across(end)), x, -jnp.inf)
@@ -367,17 +356,20 @@ def _forward(options: _Options, q: Array, k: Array, v: Array, mask: Mask) -> tup
     partial_loop = any(x is not None for x in (mask.window, mask.query_ids, mask.shift))
     masked_steps = pl.cdiv(rows, block) + (rows % block > 0) if mask.is_causal else 1
     tiles = pl.cdiv(T, rows)
-    weights = _steps_known(mask, rows, block) if tilings.persistent else None
-    dealing = B * N, tiles, 2 * k.nbytes // (B * N), MULTIPROCESSORS
-    order = _order(*dealing, heaviest_last=True) if weights is None else _deal(*dealing, weights)
-    walk = _Walk.of(mask.live_keys(), rows, block, order, N, _key_lists(mask, rows, block, masked_steps))
-    q_slots = min(2, order.shape[1])  # the next item's queries come while this one's are in use
+    lists = _key_lists(mask, rows, block, masked_steps)
+    key_bytes = 2 * k.nbytes // (B * N)
+    if tilings.persistent:
+        order = _order_of_queries(mask, B * N, tiles, key_bytes, rows, block, lists)
+    else:
+        order = Order(in_order(B * N, tiles, key_bytes, heaviest_last=True).reshape(-1, 1), _is_known(mask))
+    walk = _Walk.of(mask.live_keys(), rows, block, order, N, lists)
+    q_slots = min(2, order.items.shape[1])  # the next item's queries come while this one's are in use
     broken = (
         jnp.zeros(1, jnp.float32) if mask.contiguous is None else jnp.where(mask.contiguous, 0.0, jnp.nan).astype(jnp.float32)
     )
 
     def kernel(q_ref, k_ref, v_ref, items, lists, first, end, broken_ref, out_ref, lse_ref, scratch):
-        q_smem, k_smem, v_smem, q_here, q_free, k_here, v_here, k_free, v_free = scratch
+        q_smem, k_smem, v_smem, item_smem, first_smem, end_smem, q_here, q_free, k_here, v_here, k_free, v_free = scratch
         warpgroup = lax.axis_index("warpgroup")
 
         def steps_of(tile: _Tile):
@@ -389,21 +381,24 @@ def _forward(options: _Options, q: Array, k: Array, v: Array, mask: Mask) -> tup
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.barrier_arrive(q_free.at[lax.rem(n, i32(q_slots))])
 
-        def attend(n, tile: _Tile, done):
+        def attend(n, done):
+            q_slot = lax.rem(n, i32(q_slots))
+            plgpu.barrier_wait(q_here.at[q_slot])
+            tile = _Tile(item_smem.at[q_slot], lists)
             batch, head = tile.batch, tile.head
             steps = steps_of(tile)
             base = tile.index * rows + warpgroup * WARPGROUP_ROWS
-            q_slot = lax.rem(n, i32(q_slots))
             mine = q_smem.at[q_slot, warpgroup]
-            plgpu.barrier_wait(q_here.at[q_slot])
+            own = pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
+            ranges = first_smem.at[q_slot, own], end_smem.at[q_slot, own]
 
-            def softmax(x, top, total, i, hide: bool | None):
+            def softmax(x, top, total, i, code, hide: bool | None):
                 """Probabilities of one tile in 16 bits, the new running maximum and sum, and the old ones' factor."""
                 if options.soft_cap is not None:
                     x = options.soft_cap * jnp.tanh(x * (options.scale / options.soft_cap))
                 if hide is not False:
-                    _, j, full = tile.visit(i, steps=steps)
-                    hidden = functools.partial(_hide, first_ref=first, end_ref=end, batch=batch, base=base, column=j * block)
+                    _, j, full = tile.visit(i, code, end=tile.first + steps)
+                    hidden = lambda x: _hide(x, tuple(map(_per_row, ranges)), j * block)  # noqa: E731
                     x = hidden(x) if hide else lax.cond(full(), lambda x: x, hidden, x)
                 new_top = jnp.maximum(top, x.max(axis=1))
                 fade = jnp.exp2((top - new_top) * options.exponent)
@@ -416,7 +411,8 @@ def _forward(options: _Options, q: Array, k: Array, v: Array, mask: Mask) -> tup
 
             def step(i, carry, hide=None if partial_loop else False):
                 """Q Kᵀ of tile i, beside P V of the tile before, under whose product the softmax of tile i runs."""
-                acc, p, top, total = carry
+                acc, p, top, total, code = carry
+                following = tile.peek(i + 1)
                 slot, before = lax.rem(done + i, i32(stages)), lax.rem(done + i - 1, i32(stages))
                 plgpu.barrier_wait(k_here.at[slot])
 
@@ -431,7 +427,7 @@ def _forward(options: _Options, q: Array, k: Array, v: Array, mask: Mask) -> tup
 
                     x = pl.run_scoped(logits, plgpu.ACC((WARPGROUP_ROWS, block), jnp.float32))
                     plgpu.barrier_arrive(k_free.at[slot])
-                    p_ref[...], top_ref[...], total_ref[...], fade_ref[...] = softmax(x, top, total, i, hide)
+                    p_ref[...], top_ref[...], total_ref[...], fade_ref[...] = softmax(x, top, total, i, code, hide)
 
                 def both_interpreted():
                     def logits(x_ref):
@@ -441,14 +437,14 @@ def _forward(options: _Options, q: Array, k: Array, v: Array, mask: Mask) -> tup
                     x = pl.run_scoped(logits, plgpu.ACC((WARPGROUP_ROWS, block), jnp.float32))
                     plgpu.barrier_arrive(k_free.at[slot])
                     plgpu.barrier_wait(v_here.at[before])
-                    return _product(acc, p, v_smem.at[before]), *softmax(x, top, total, i, hide)
+                    return _product(acc, p, v_smem.at[before]), *softmax(x, top, total, i, code, hide)
 
                 if options.interpret:
                     acc, p, top, total, fade = both_interpreted()
                 else:
                     acc, p, top, total, fade = pl.run_state(both)((plgpu.ACC.init(acc), p, top, total, total))
                 plgpu.barrier_arrive(v_free.at[before])
-                return acc * lax.broadcast_in_dim(fade, acc.shape, [0]), p, top, total
+                return acc * lax.broadcast_in_dim(fade, acc.shape, [0]), p, top, total, following
 
             top = plgpu.layout_cast(jnp.full((WARPGROUP_ROWS,), LOWEST, jnp.float32), ROWS)
             total = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS,), jnp.float32), ROWS)
@@ -459,11 +455,11 @@ def _forward(options: _Options, q: Array, k: Array, v: Array, mask: Mask) -> tup
             plgpu.barrier_arrive(k_free.at[slot])
             if q_slots > 1:
                 pl.when(n > 0)(lambda: store_and_free(n - 1))
-            p, top, total, _ = softmax(x, top, total, i32(0), True)
-            carry = acc, p, top, total
+            p, top, total, _ = softmax(x, top, total, i32(0), tile.peek(0), True)
+            carry = acc, p, top, total, tile.peek(1)
             for i in range(1, 1 if partial_loop else masked_steps):
                 carry = step(jnp.minimum(steps, i), carry, hide=True)
-            acc, p, top, total = lax.fori_loop(i32(1 if partial_loop else masked_steps), steps, step, carry)
+            acc, p, top, total, _ = lax.fori_loop(i32(1 if partial_loop else masked_steps), steps, step, carry)
             slot = lax.rem(done + steps - 1, i32(stages))
             plgpu.barrier_wait(v_here.at[slot])
             if options.interpret:
@@ -485,7 +481,7 @@ def _forward(options: _Options, q: Array, k: Array, v: Array, mask: Mask) -> tup
         @pl.when(warpgroup < 2)
         def compute():
             plgpu.set_max_registers(registers[0], action="increase")
-            _each_item(items, lists, attend, i32(0))
+            _each_item(items, attend, i32(0))
             if q_slots > 1:
                 store_and_free(_count(items) - 1)
             plgpu.wait_smem_to_gmem(0)
@@ -494,7 +490,9 @@ def _forward(options: _Options, q: Array, k: Array, v: Array, mask: Mask) -> tup
         def copy():
             plgpu.set_max_registers(registers[1], action="decrease")
 
-            def fill_item(n, tile: _Tile, done):
+            def fill_item(n, done):
+                item = items.at[lax.axis_index("block"), n]
+                tile = _Tile(item, lists)
                 steps = steps_of(tile)
                 q_slot = lax.rem(n, i32(q_slots))
                 if q_slots > 1:
@@ -502,19 +500,25 @@ def _forward(options: _Options, q: Array, k: Array, v: Array, mask: Mask) -> tup
                 for half in range(2):
                     source = (tile.batch, pl.ds(tile.index * rows + half * WARPGROUP_ROWS, WARPGROUP_ROWS), tile.head)
                     plgpu.copy_gmem_to_smem(q_ref.at[source], q_smem.at[q_slot, half], q_here.at[q_slot])
+                plgpu.copy_gmem_to_smem(item, item_smem.at[q_slot, pl.ds(0, 8)], q_here.at[q_slot])
+                for ref, smem in ((first, first_smem), (end, end_smem)):
+                    source = _rows_at(ref, tile.batch, tile.index * rows, rows)
+                    plgpu.copy_gmem_to_smem(source, smem.at[q_slot], q_here.at[q_slot])
                 kv_head = lax.div(tile.head, i32(group))
 
-                def fill(i, _):
+                def fill(i, code):
+                    following = tile.peek(i + 1)
                     slot = lax.rem(done + i, i32(stages))
-                    source = (tile.batch, pl.ds(tile.visit(i, steps=steps)[1] * block, block), kv_head)
+                    source = (tile.batch, pl.ds(tile.visit(i, code, end=tile.first + steps)[1] * block, block), kv_head)
                     for ref, smem, here, free in ((k_ref, k_smem, k_here, k_free), (v_ref, v_smem, v_here, v_free)):
                         pl.when(done + i >= stages)(functools.partial(plgpu.barrier_wait, free.at[slot]))
                         plgpu.copy_gmem_to_smem(ref.at[source], smem.at[slot], here.at[slot])
+                    return following
 
-                lax.fori_loop(i32(0), steps, fill, None)
+                lax.fori_loop(i32(0), steps, fill, tile.peek(0))
                 return done + steps
 
-            _drain(_each_item(items, lists, fill_item, i32(0)), stages, k_free, v_free)
+            _drain(_each_item(items, fill_item, i32(0)), stages, k_free, v_free)
             if q_slots > 1:
                 _drain(_count(items), q_slots, q_free)
 
@@ -523,13 +527,15 @@ def _forward(options: _Options, q: Array, k: Array, v: Array, mask: Mask) -> tup
         kernel,
         "ulysses_attention_forward",
         options,
-        blocks=len(order),
+        blocks=len(order.items),
         out=(jax.ShapeDtypeStruct((B, *lengths, N, H), q.dtype), jax.ShapeDtypeStruct((B, N, *lengths), jnp.float32)),
         scratch=[
             _smem((q_slots, 2, WARPGROUP_ROWS, H), q.dtype),
             _smem((stages, block, H), q.dtype),
             _smem((stages, block, H), q.dtype),
-            plgpu.Barrier(num_barriers=q_slots, num_arrivals=2),
+            plgpu.SMEM((q_slots, 32), i32),  # TMA writes at multiples of 128 bytes
+            *(plgpu.SMEM((q_slots, rows), i32),) * 2,
+            plgpu.Barrier(num_barriers=q_slots, num_arrivals=5),
             plgpu.Barrier(num_barriers=q_slots, num_arrivals=2),
             *(plgpu.Barrier(num_barriers=stages),) * 2,
             *(plgpu.Barrier(num_barriers=stages, num_arrivals=2),) * 2,
@@ -545,14 +551,15 @@ def _queries_kernel(options: _Options, q, k, v, d_out, lse2, delta, mask: Mask) 
     block, stages, registers = HEAD_DIMS[H].queries
     rows = 2 * WARPGROUP_ROWS
     tiles = pl.cdiv(T, rows)
-    order = _order(B * N, tiles, 2 * k.nbytes // (B * N), MULTIPROCESSORS, heaviest_last=True)
+    order = in_order(B * N, tiles, 2 * k.nbytes // (B * N), heaviest_last=True).reshape(-1, 1)
+    order = Order(order, _is_known(mask))
     walk = _Walk.of(mask.live_keys(), rows, block, order, N, _key_lists(mask, rows, block))
     lse2, delta = _pad(lse2, 2, rows, jnp.inf), _pad(delta, 2, rows)
 
     def kernel(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, items, lists, first, end, dq_ref, scratch):
         q_smem, do_smem, k_smem, v_smem, here, k_here, v_here, k_free, v_free = scratch
         warpgroup = lax.axis_index("warpgroup")
-        tile = _Tile(items, lists, 0)
+        tile = _Tile(items.at[lax.axis_index("block"), 0], lists)
         batch, head = tile.batch, tile.head
         steps = jnp.maximum(tile.end - tile.first, 0)
 
@@ -564,11 +571,14 @@ def _queries_kernel(options: _Options, q, k, v, d_out, lse2, delta, mask: Mask) 
             for ref, smem in ((q_ref, q_smem), (do_ref, do_smem)):
                 plgpu.copy_gmem_to_smem(ref.at[mine], smem.at[warpgroup], here.at[warpgroup])
             statistics = (batch, head, pl.ds(base, WARPGROUP_ROWS))
-            lse, delta = (plgpu.load(ref.at[statistics], layout=ROWS, optimized=False) for ref in (lse_ref, delta_ref))
+            lse, delta = (_per_row(ref.at[statistics]) for ref in (lse_ref, delta_ref))
+            ranges = tuple(_per_row(_rows_at(ref, batch, base, WARPGROUP_ROWS)) for ref in (first, end))
             plgpu.barrier_wait(here.at[warpgroup])
 
-            def step(i, dq):
-                slot, (_, j, full) = lax.rem(i, i32(stages)), tile.visit(i)
+            def step(i, carry):
+                dq, code = carry
+                following = tile.peek(i + 1)
+                slot, (_, j, full) = lax.rem(i, i32(stages)), tile.visit(i, code)
                 plgpu.barrier_wait(k_here.at[slot])
                 plgpu.barrier_wait(v_here.at[slot])
 
@@ -576,7 +586,7 @@ def _queries_kernel(options: _Options, q, k, v, d_out, lse2, delta, mask: Mask) 
                     plgpu.wgmma(x_ref, q_smem.at[warpgroup], k_smem.at[slot].transpose((1, 0)))
                     plgpu.wgmma(dp_ref, do_smem.at[warpgroup], v_smem.at[slot].transpose((1, 0)))
                     x = plgpu.wgmma_accumulator_load(x_ref, wait_n=1)
-                    hidden = functools.partial(_hide, first_ref=first, end_ref=end, batch=batch, base=base, column=j * block)
+                    hidden = lambda x: _hide(x, ranges, j * block)  # noqa: E731
                     spread = lambda row: lax.broadcast_in_dim(row, x.shape, [0])  # noqa: E731
                     hide = lambda x: lax.cond(full(), lambda x: x, hidden, x)  # noqa: E731
                     p, slope = _probabilities(options, x, lambda: spread(lse), hide)
@@ -590,10 +600,10 @@ def _queries_kernel(options: _Options, q, k, v, d_out, lse2, delta, mask: Mask) 
                 else:
                     dq = pl.run_state(lambda ref: plgpu.wgmma(ref, ds, k_smem.at[slot]))(plgpu.ACC.init(dq))
                 plgpu.barrier_arrive(k_free.at[slot])
-                return dq
+                return dq, following
 
             dq = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, H), jnp.float32), WGMMA)
-            dq = lax.fori_loop(i32(0), steps, step, dq)
+            dq, _ = lax.fori_loop(i32(0), steps, step, (dq, tile.peek(0)))
             q_smem.at[warpgroup][...] = (dq * options.scale).astype(q.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(q_smem.at[warpgroup], dq_ref.at[mine])
@@ -604,21 +614,23 @@ def _queries_kernel(options: _Options, q, k, v, d_out, lse2, delta, mask: Mask) 
             plgpu.set_max_registers(registers[1], action="decrease")
             kv_head = lax.div(head, i32(group))
 
-            def fill(i, _):
+            def fill(i, code):
+                following = tile.peek(i + 1)
                 slot = lax.rem(i, i32(stages))
-                source = (batch, pl.ds(tile.visit(i)[1] * block, block), kv_head)
+                source = (batch, pl.ds(tile.visit(i, code)[1] * block, block), kv_head)
                 for ref, smem, here, free in ((k_ref, k_smem, k_here, k_free), (v_ref, v_smem, v_here, v_free)):
                     pl.when(i >= stages)(functools.partial(plgpu.barrier_wait, free.at[slot]))
                     plgpu.copy_gmem_to_smem(ref.at[source], smem.at[slot], here.at[slot])
+                return following
 
-            lax.fori_loop(i32(0), steps, fill, None)
+            lax.fori_loop(i32(0), steps, fill, tile.peek(0))
             _drain(steps, stages, k_free, v_free)
 
     (dq,) = _launch(
         kernel,
         "ulysses_attention_backward_queries",
         options,
-        blocks=len(order),
+        blocks=len(order.items),
         out=(jax.ShapeDtypeStruct((B, tiles * rows, N, H), q.dtype),),
         scratch=[
             *(_smem((2, WARPGROUP_ROWS, H), q.dtype),) * 2,
@@ -641,12 +653,16 @@ def _keys_kernel(
     meeting and costs twice the additions.
     """
     B, T, N, H = q.shape
-    S, K = k.shape[1:3]
-    group = N // K
+    S = k.shape[1]
     block, stages, registers = HEAD_DIMS[H].keys
     rows = 2 * WARPGROUP_ROWS
     tiles = pl.cdiv(S, rows)
-    order = _order(B * K, tiles, 2 * q.nbytes // (B * K), MULTIPROCESSORS)  # causal: the first tile is the heaviest
+    parts = parts_of_group(N // k.shape[2], tiles)  # a KV head counts for so many
+    K = k.shape[2] * parts
+    group = N // K
+    known = _is_known(mask)  # then, if causal, the first tile is the heaviest
+    # A head's queries and cotangents in 16 bits, and dQ in 32, are what all its tiles of keys share.
+    order = Order(in_order(B * K, tiles, 4 * q.nbytes // (B * K), heaviest_last=not known).reshape(-1, 1), known)
     # Keys past S are rows that see nothing: a tile that has some is never taken for full, as exp2(0 − lse2) may be infinite.
     seen = tuple(_pad(x, 1, rows) for x in mask.live_queries())
     walk = _Walk.of(seen, rows, block, order, K, _query_lists(mask, rows, block, N, K))
@@ -662,23 +678,30 @@ def _keys_kernel(
         k_smem, v_smem, k_halves, q_smem, do_smem, lse_smem, delta_smem, ds_smem, dq_smem = scratch[:9]
         kv_here, q_here, do_here, q_free, do_free, met = scratch[9:]
         warpgroup = lax.axis_index("warpgroup")
-        tile = _Tile(items, lists, 0)
+        tile = _Tile(items.at[lax.axis_index("block"), 0], lists)
         batch, kv_head = tile.batch, tile.head
         steps = jnp.maximum(tile.end - tile.first, 0) * (group if tile.lists is None else 1)
 
         def each_step(step, carry):
-            """`step(n, carry)` for the tiles of all heads that read this KV head."""
-            return lax.fori_loop(i32(0), steps, step, carry)
+            """`step(n, code, carry)` for the tiles of all heads that read this KV head."""
+
+            def body(n, carry):
+                carry, code = carry
+                following = tile.peek(n + 1)
+                return step(n, code, carry), following
+
+            return lax.fori_loop(i32(0), steps, body, (carry, tile.peek(0)))[0]
 
         @pl.when(warpgroup < 2)
         def compute():
             plgpu.set_max_registers(registers[0], action="increase")
             own = pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
             base = tile.index * rows + warpgroup * WARPGROUP_ROWS
+            ranges = tuple(_per_row(_rows_at(ref, batch, base, WARPGROUP_ROWS)) for ref in (first, end))
             plgpu.barrier_wait(kv_here)
 
-            def step(n, sums):
-                _, i, full = tile.visit(n, group)
+            def step(n, code, sums):
+                _, i, full = tile.visit(n, code, group)
                 slot = lax.rem(n, i32(stages))
                 plgpu.barrier_wait(q_here.at[slot])
                 plgpu.barrier_wait(do_here.at[slot])
@@ -688,7 +711,7 @@ def _keys_kernel(
                     if want_dq or want_dk:
                         plgpu.wgmma(dp_ref, v_smem.at[own], do_smem.at[slot].transpose((1, 0)))
                     x = plgpu.wgmma_accumulator_load(x_ref, wait_n=1 if want_dq or want_dk else 0)
-                    hidden = functools.partial(_hide, first_ref=first, end_ref=end, batch=batch, base=base, column=i * block)
+                    hidden = lambda x: _hide(x, ranges, i * block)  # noqa: E731
                     spread = lambda column: lax.broadcast_in_dim(column, x.shape, [1])  # noqa: E731
                     hide = lambda x: lax.cond(full(), lambda x: x, hidden, x)  # noqa: E731
                     # Each statistic is loaded just before its use: registers are what this kernel is short of.
@@ -706,12 +729,18 @@ def _keys_kernel(
                     dv = _accumulate(dv, p, do_smem.at[slot], interpret)
                 if want_dq:
                     mine = ds_smem.at[lax.rem(n, i32(2))]
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    if interpret or not share:
+                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    else:
+                        _ptx("cp.async.bulk.wait_group.read 0;")  # dQ of the last step has left its buffer
                     mine.at[own][...] = ds
-                    plgpu.commit_smem()
-                    if share:
+                    if interpret or not share:
+                        plgpu.commit_smem()
+                    if interpret and share:
                         plgpu.barrier_arrive(met)
                         plgpu.barrier_wait(met)
+                    elif share:
+                        _ptx(MEET)
 
                     def dq_and_dk(dq_ref):
                         if share:
@@ -728,7 +757,7 @@ def _keys_kernel(
                     plgpu.barrier_arrive(do_free.at[slot])
                     dq_smem.at[warpgroup][...] = dq * options.scale
                     plgpu.commit_smem()
-                    head, i, _ = tile.visit(n, group)  # again: to keep them over the products would spill registers
+                    head, i, _ = tile.visit(n, code, group)  # again: to keep them over the products would spill registers
                     target = (batch, pl.ds(i * block, block), kv_head * group + head)
                     target = (*target, pl.ds(warpgroup * columns, columns)) if share else target
                     if interpret:  # the interpreter cannot add up by TMA: every tile of keys writes a copy of its own
@@ -750,7 +779,7 @@ def _keys_kernel(
             else:
 
                 def accumulated(dk_ref, dv_ref):
-                    each_step(lambda n, _: step(n, (dk_ref, dv_ref)) and None, None)
+                    each_step(lambda n, code, _: step(n, code, (dk_ref, dv_ref)) and None, None)
                     return dk_ref[...] if want_dk else None, dv_ref[...] if want_dv else None
 
                 sums = pl.run_scoped(accumulated, *(plgpu.ACC((WARPGROUP_ROWS, H), jnp.float32),) * 2)
@@ -766,14 +795,14 @@ def _keys_kernel(
         @pl.when(warpgroup == 2)
         def copy():
             plgpu.set_max_registers(registers[1], action="decrease")
-            keys = (batch, pl.ds(tile.index * rows, rows), kv_head)
+            keys = (batch, pl.ds(tile.index * rows, rows), lax.div(kv_head, i32(parts)))
             plgpu.copy_gmem_to_smem(k_ref.at[keys], k_smem, kv_here)
             plgpu.copy_gmem_to_smem(v_ref.at[keys], v_smem, kv_here)
             for half in range(2 if share else 0):
                 plgpu.copy_gmem_to_smem(k_ref.at[(*keys, pl.ds(half * columns, columns))], k_halves.at[half], kv_here)
 
-            def fill(n, _):
-                head, i, _ = tile.visit(n, group)
+            def fill(n, code, _):
+                head, i, _ = tile.visit(n, code, group)
                 head = kv_head * group + head
                 slot, at = lax.rem(n, i32(stages)), pl.ds(i * block, block)
                 pl.when(n >= stages)(functools.partial(plgpu.barrier_wait, q_free.at[slot]))
@@ -798,7 +827,7 @@ def _keys_kernel(
         kernel,
         "ulysses_attention_backward_" + "_".join(sorted(wanted)),
         options,
-        blocks=len(order),
+        blocks=len(order.items),
         out=tuple(outs.values()),
         scratch=[
             *(_smem((rows, H), q.dtype),) * 2,
@@ -819,7 +848,11 @@ def _keys_kernel(
         # Tiles of keys that a query tile never meets leave their copies unwritten.
         dq = jnp.nansum(found["dq"], axis=(0, 1)) if interpret else jax.freeze(dq)
         dq = dq[:, :T].astype(q.dtype)
-    return dq, *(found[name][:, :S] if name in found else None for name in ("dk", "dv"))
+
+    def whole(x):
+        return x.reshape(B, -1, K // parts, parts, H).sum(3, dtype=jnp.float32).astype(x.dtype) if parts > 1 else x
+
+    return dq, *(whole(found[name])[:, :S] if name in found else None for name in ("dk", "dv"))
 
 
 def _probabilities(options: _Options, x, lse2: Callable, hide: Callable) -> tuple[Array, Array | None]:
@@ -830,6 +863,18 @@ def _probabilities(options: _Options, x, lse2: Callable, hide: Callable) -> tupl
         x, slope = options.soft_cap * tanh, 1.0 - tanh * tanh
     x = hide(x)
     return jnp.exp2(x * options.exponent - lse2()), slope
+
+
+def _ptx(text: str) -> None:
+    """One instruction or more, without operands, in PTX."""
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import llvm
+
+    @plgpu.inline_mgpu()
+    def inlined(context) -> None:
+        llvm.inline_asm(ir.Type.parse("!llvm.void"), [], text, "", has_side_effects=True)
+
+    inlined()  # pyright: ignore[reportCallIssue] — the context is Mosaic's to give
 
 
 def _product(acc, a, b_ref):

@@ -151,7 +151,7 @@ class Mask:
         return listed(*self.tile_tables(rows, step), descending=True)
 
     def block_lists_of_keys(self, rows: int, step: int) -> TileLists:
-        """For each tile of `rows` keys its live tiles of `step` queries, from left to right.
+        """For each tile of `rows` keys its live tiles of `step` queries, from right to left.
 
         Full are those tiles in which every query and every key exists and sees, or is seen by, all others.
 
@@ -162,7 +162,7 @@ class Mask:
         tiles = rows, step
         live, full = _tables(self.live_queries(), self.query_length, layout, self._block, self.contiguous, tiles)
         whole = (np.arange(full.shape[2]) + 1) * rows <= self.key_length
-        return listed(live, full & whole[:, None], descending=False)
+        return listed(live, full & whole[:, None], descending=True)
 
     @property
     def _block(self) -> int:

@@ -1,0 +1,48 @@
+"""Which block of threads takes which tiles: all once, evenly, the heavy ones first."""
+
+import numpy as np
+import pytest
+
+from ulysses_jax.attention import schedule
+
+
+def test_tiles_are_dealt_once_each_and_evenly():
+    """Tiles of heads one after the other, without `swapaxes`, leave the last blocks with 3 % more."""
+    heads, tiles = 64, 64
+    dealt = schedule.dealt(heads, tiles, 4 << 20, tuple(range(1, tiles + 1))).items
+    assert sorted(dealt[dealt >= 0].tolist()) == list(range(heads * tiles))
+    work = np.where(dealt >= 0, dealt % tiles + 2, 0).sum(1)
+    assert work.max() <= 1.01 * work.mean()
+
+
+def test_uneven_tiles_are_dealt_evenly_each_head_by_its_own_weights():
+    """Weights taken by the tile alone, not by head and tile, leave some block with a fifth more."""
+    heads, tiles = 4, 512
+    weights = tuple(np.random.default_rng(0).integers(1, 200, heads * tiles).tolist())
+    dealt = schedule.dealt(heads, tiles, 4 << 20, weights).items
+    work = np.where(dealt >= 0, np.asarray(weights)[dealt] + 1, 0).sum(1)
+    assert work.max() <= 1.02 * work.mean()
+
+
+@pytest.mark.parametrize("heads", [1, 6])
+def test_handfuls_hold_every_tile_once_the_heavy_ones_alone(heads):
+    tiles = 96
+    items = schedule.handfuls(heads, tiles, 64 << 20).items
+    assert sorted(items[items >= 0].tolist()) == list(range(heads * tiles))
+    count = (items >= 0).sum(1)
+    alone, others = items[count == 1, 0] % tiles, items[count > 1, 0] % tiles
+    assert alone.min() > others.max() - 1
+    assert count.max() == 4
+
+
+@pytest.mark.parametrize(("heads", "tiles", "megabytes"), [(64, 64, 4), (16, 256, 16), (8, 64, 33), (4, 256, 64)])
+def test_the_order_of_tiles_keeps_the_multiprocessors_busy(heads, tiles, megabytes):
+    """One head at a time leaves a fifth of the time idle for 8 heads of 64 tiles."""
+    order = schedule.in_order(heads, tiles, megabytes << 20, heaviest_last=True).ravel()
+    assert sorted(order.tolist()) == list(range(heads * tiles))
+    assert schedule.busy(order, tuple(range(1, tiles + 1))) > 0.96
+
+
+@pytest.mark.parametrize(("group", "tiles", "parts"), [(8, 64, 4), (4, 256, 1), (8, 1024, 1), (1, 64, 1), (6, 32, 6)])
+def test_heads_that_read_one_kv_head_are_dealt_where_few_tiles_leave_many_kv_heads_at_work_at_once(group, tiles, parts):
+    assert schedule.parts_of_group(group, tiles) == parts
