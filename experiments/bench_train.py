@@ -5,6 +5,9 @@ r"""Training steps timed: models, lengths and memory policies on the devices pre
 
 A policy is `field=value,…` of `MemoryConfig`. Each length is run with each policy and each implementation of attention; of the
 implementations the first is ours, the others are its peers. What does not fit is recorded as 0 tokens/s, with the reason.
+
+Other systems are peers by `--peer deepspeed=FILE`. Such a file holds `rows`, each of a `model` (`recipes.MODELS`), `seq_len`,
+`devices` and figures under the names used here, such as `tokens_per_s` and `step_s`, of one sequence a step.
 """
 
 import dataclasses
@@ -53,6 +56,8 @@ class Bench:
     """steps before those, not timed; 0 where one takes minutes"""
     profile: Path | None = None
     """a folder for a profile of one more step"""
+    peer: tuple[str, ...] = ()
+    """NAME=FILE, another system's figures of the same cases, measured beside this run"""
     name: str = "train"
     """of the result file"""
     out: Path = Path("experiments/results")
@@ -140,6 +145,17 @@ def attempt(config: TrainConfig, **how: Any) -> dict[str, Any]:
         gc.collect()
 
 
+def same_case(peer: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
+    """What a peer's file says of this model, length and number of devices, by our names; {} if nothing."""
+    sizes = {"seq_len": config.data.seq_len, "devices": config.mesh.size}
+    for row in peer["rows"]:
+        known = recipes.MODELS.get(row["model"])
+        figures = {metric: row[metric] for metric in UNITS if metric in row}
+        if known and known() == config.model and sizes.items() <= row.items() and config.data.batch_size == 1 and figures:
+            return figures
+    return {}
+
+
 def cases(bench: Bench) -> Iterator[tuple[str, TrainConfig]]:
     """Each length with each policy, under a name that says all that is not the recipe's."""
     base = recipes.recipe(bench.recipe)
@@ -165,9 +181,11 @@ def cases(bench: Bench) -> Iterator[tuple[str, TrainConfig]]:
 def main(bench: Bench) -> None:
     """Time every case asked for, print it, and write it after each, so that a lost machine loses one case."""
     reserve_memory()
+    files = {name: json.loads(Path(path).read_text()) for name, path in (text.split("=", 1) for text in bench.peer)}
+    about = {name: {key: value for key, value in peer.items() if key != "rows"} for name, peer in files.items()}
     how, rows = {"steps": bench.steps, "warmup": bench.warmup, "documents": bench.documents, "profile": bench.profile}, []
     for case, config in cases(bench):
-        figures = {}
+        figures = {name: same_case(peer, config) for name, peer in files.items()}
         for implementation in bench.implementations:
             figures[implementation] = attempt(dataclasses.replace(config, implementation=implementation), **how)
             print(case, implementation, json.dumps(figures[implementation]), flush=True)
@@ -175,7 +193,7 @@ def main(bench: Bench) -> None:
         for metric, value in figures[ours].items():
             peers = {other: figures[other][metric] for other in figures if other != ours and metric in figures[other]}
             rows.append(record.row(f"{case} {ours}", metric, UNITS.get(metric, "1"), value, **peers))
-        record.save(bench.name, rows, bench.out)
+        record.save(bench.name, rows, bench.out, **({"peers": about} if about else {}))
 
 
 if __name__ == "__main__":
