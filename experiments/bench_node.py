@@ -9,8 +9,7 @@ left of `--seconds`, and the result file is written after each, so that a run th
 """
 
 import dataclasses
-import gc
-import statistics
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,14 +18,11 @@ import jax
 import tyro
 
 from experiments import record
-from experiments.bench_train import random_batch
+from experiments.bench_train import UNITS, attempt
 from ulysses_jax import costs, recipes
 from ulysses_jax.config import DataConfig, MemoryConfig, MeshConfig, OptimizerConfig, TrainConfig
-from ulysses_jax.data import place
-from ulysses_jax.mesh import make_mesh
 from ulysses_jax.plan import Plan, longest_plan, make_plan
 from ulysses_jax.runtime import reserve_memory
-from ulysses_jax.train import batch_shapes, build
 
 GIB = 2**30
 COMPILE_S = 40  # what compiling a case takes
@@ -98,49 +94,15 @@ def _model(bench: Bench):
     return dataclasses.replace(model, num_layers=bench.layers or model.num_layers, **heads)
 
 
-def measure(config: TrainConfig, runs: int) -> dict[str, float]:
-    """The median seconds of `runs` steps, the first left out if there are more, the rates they are, and bytes."""
-    mesh = make_mesh(**dataclasses.asdict(config.mesh))
-    program, start = build(config, mesh), time.perf_counter()
-    step = program.step.lower(program.abstract, batch_shapes(config, mesh)).compile()
-    compiled, memory = time.perf_counter() - start, step.memory_analysis()
-    assert memory is not None
-    batch = random_batch(config, 1)
-    state, placed, seconds = program.init(), place(batch, mesh), []
-    for _ in range(runs):
-        start = time.perf_counter()
-        state, metrics = step(state, placed)
-        jax.block_until_ready((state, metrics))
-        seconds.append(time.perf_counter() - start)
-    took = statistics.median(seconds[1:] or seconds)
-    tokens = config.data.batch_size * config.data.seq_len
-    flops = costs.step_flops(config.model, batch_size=config.data.batch_size, seq_len=config.data.seq_len)
-    return {
-        "step": took,
-        "tokens_per_s_per_device": tokens / took / mesh.size,
-        "model_tflops_per_device": flops / took / mesh.size / 1e12,
-        "compile": compiled,
-        "device memory": (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / GIB,
-        "host memory": (memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes) / GIB,
-    }
-
-
 def predicted(plan: Plan) -> dict[str, float]:
-    """The plan's figures under the same names."""
-    took, size = plan.seconds["step"], plan.config.mesh.size
-    tokens = plan.config.data.batch_size * plan.config.data.seq_len
-    flops = costs.step_flops(plan.config.model, batch_size=plan.config.data.batch_size, seq_len=plan.config.data.seq_len)
+    """The plan's figures under the names of those that are measured."""
+    took = plan.seconds["step"]
     return {
-        "step": took,
-        "tokens_per_s_per_device": tokens / took / size,
-        "model_tflops_per_device": flops / took / size / 1e12,
-        "device memory": sum(plan.device.values()) / GIB,
-        "host memory": sum(plan.host.values()) / GIB,
+        **costs.rates(plan.config, took, plan.gpu.name),
+        "step_s": took,
+        "compiled_gib": sum(plan.device.values()) / GIB,
+        "compiled_host_gib": sum(plan.host.values()) / GIB,
     }
-
-
-UNITS = {"step": "s", "tokens_per_s_per_device": "tokens/s a device", "model_tflops_per_device": "TFLOP/s a device"}
-UNITS |= {"compile": "s", "device memory": "GiB a device", "host memory": "GiB for each device"}
 
 
 def _on_cpu(config: TrainConfig) -> TrainConfig:
@@ -169,22 +131,18 @@ def main(bench: Bench) -> None:
         config = _on_cpu(config) if bench.tiny else config
         label = f"{bench.model} L={config.model.num_layers} {case.name} {_policy(config.memory)}"
         foreseen = predicted(case.plan)
-        runs = bench.steps + 1 if foreseen["step"] < 60 else 1
-        left = bench.seconds - (time.perf_counter() - start)
-        if not bench.predict and foreseen["step"] * runs + COMPILE_S > left:
-            print(f"{label}: not started, {left:.0f} s are left for {runs} × {foreseen['step']:.0f} s", flush=True)
+        step = foreseen["step_s"]
+        how = {"steps": bench.steps, "warmup": 1} if step < 60 else {"steps": 1, "warmup": 0}
+        left, runs = bench.seconds - (time.perf_counter() - start), sum(how.values())
+        if not bench.predict and step * runs + COMPILE_S > left:
+            print(f"{label}: not started, {left:.0f} s are left for {runs} × {step:.0f} s", flush=True)
             continue
-        try:
-            found = foreseen if bench.predict else measure(config, runs)
-        except jax.errors.JaxRuntimeError as error:
-            print(f"{label}: {str(error)[:300]}", flush=True)
-            found = {"step": float("inf")}
+        found = foreseen if bench.predict else attempt(config, **how)
         for metric, value in found.items():
             peers = {} if bench.predict or metric not in foreseen else {"predicted": foreseen[metric]}
-            rows.append(record.row(label, metric, UNITS[metric], value, **peers))
-        print(label, {metric: round(value, 3) for metric, value in found.items()}, flush=True)
+            rows.append(record.row(label, metric, UNITS.get(metric, "1"), value, **peers))
+        print(label, json.dumps(found), flush=True)
         record.save(bench.name, rows, bench.out, **more)
-        gc.collect()
 
 
 def _policy(memory: MemoryConfig) -> str:

@@ -5,6 +5,9 @@ r"""Training steps timed: models, lengths and memory policies on the devices pre
 
 A policy is `field=value,…` of `MemoryConfig`. Each length is run with each policy and each implementation of attention; of the
 implementations the first is ours, the others are its peers. What does not fit is recorded as 0 tokens/s, with the reason.
+
+Other systems are peers by `--peer deepspeed=FILE`. Such a file holds `rows`, each of a `model` (`recipes.MODELS`), `seq_len`,
+`devices` and figures under the names used here, such as `tokens_per_s` and `step_s`, of one sequence a step.
 """
 
 import dataclasses
@@ -12,6 +15,7 @@ import gc
 import json
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +51,13 @@ class Bench:
     documents: int = 1
     """packed in each sequence, of equal lengths; cuDNN cannot mask them"""
     steps: int = 5
-    """timed, after two that are not"""
+    """timed"""
+    warmup: int = 2
+    """steps before those, not timed; 0 where one takes minutes"""
     profile: Path | None = None
     """a folder for a profile of one more step"""
+    peer: tuple[str, ...] = ()
+    """NAME=FILE, another system's figures of the same cases, measured beside this run"""
     name: str = "train"
     """of the result file"""
     out: Path = Path("experiments/results")
@@ -76,32 +84,39 @@ def random_batch(config: TrainConfig, documents: int) -> dict[str, np.ndarray]:
     return batch | ({"segment_ids": t // length + 1} if config.data.mask_documents else {})
 
 
-def time_steps(config: TrainConfig, bench: Bench) -> dict[str, float]:
-    """Median of `bench.steps` steps, each waited for; memory, compile time, losses and rates."""
-    mesh = make_mesh(data=config.mesh.data, seq=config.mesh.seq)
+def time_steps(
+    config: TrainConfig, *, steps: int, warmup: int, documents: int = 1, profile: Path | None = None
+) -> dict[str, Any]:
+    """The median of `steps` steps after `warmup` others, each waited for; memory, compile time, losses and rates.
+
+    The step is compiled beforehand. Without warm-up the first that is timed also connects the devices to one another.
+    """
+    mesh = make_mesh(**dataclasses.asdict(config.mesh))
     program, start = build(config, mesh), time.perf_counter()
     step = program.step.lower(program.abstract, batch_shapes(config, mesh)).compile()
     compiled, memory = time.perf_counter() - start, step.memory_analysis()
     assert memory is not None
-    host = random_batch(config, bench.documents)
+    host = random_batch(config, documents)
     state, batch, seconds, losses = program.init(), place(host, mesh), [], []
-    for _ in range(bench.steps + 2):
-        jax.block_until_ready((state, batch))
+    jax.block_until_ready((state, batch))
+    for _ in range(warmup + steps):
         start = time.perf_counter()
         state, metrics = step(state, batch)
-        losses.append(float(metrics["loss"]))
+        jax.block_until_ready((state, metrics))
         seconds.append(time.perf_counter() - start)
-    if bench.profile:
-        with jax.profiler.trace(str(bench.profile)):
+        losses.append(float(metrics["loss"]))
+    if profile:
+        with jax.profiler.trace(str(profile)):
             state, metrics = step(state, batch)
             jax.block_until_ready(state)
-    typical = statistics.median(seconds[2:])
+    typical = statistics.median(seconds[warmup:])
     seen = costs.seen_pairs(host["positions"], is_causal=config.model.is_causal, window=config.model.local_window_size)
     peak = max((device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in mesh.local_devices)
     return {
         **costs.rates(config, typical, mesh.devices.flat[0].device_kind, pairs=seen),
         "step_s": typical,
-        "slowest_step_s": max(seconds[2:]),
+        "slowest_step_s": max(seconds[warmup:]),
+        "each_step_s": seconds,  # warm-up first
         "compile_s": compiled,
         "peak_gib_so_far": peak / 2**30,  # of this process: it only rises from case to case
         "compiled_gib": (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**30,
@@ -116,24 +131,34 @@ UNITS = {
     "tokens_per_s_per_device": "tokens/s a device",
     "model_tflops_per_device": "TFLOP/s a device",
 }
-UNITS |= {"step_s": "s", "slowest_step_s": "s", "compile_s": "s", "peak_gib_so_far": "GiB", "compiled_gib": "GiB"}
-UNITS |= {"compiled_host_gib": "GiB", "first_loss": "nats a token", "last_loss": "nats a token"}
+UNITS |= {"step_s": "s", "slowest_step_s": "s", "each_step_s": "s", "compile_s": "s", "peak_gib_so_far": "GiB"}
+UNITS |= {"compiled_gib": "GiB", "compiled_host_gib": "GiB", "first_loss": "nats a token", "last_loss": "nats a token"}
 
 
-def attempt(config: TrainConfig, bench: Bench) -> dict[str, Any]:
+def attempt(config: TrainConfig, **how: Any) -> dict[str, Any]:
     """`time_steps`, or 0 tokens/s and the reason."""
     try:
-        return time_steps(config, bench)
+        return time_steps(config, **how)
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         return {"tokens_per_s": 0.0, "reason": f"{type(error).__name__}: {str(error)[:300]}"}
     finally:
         gc.collect()
 
 
-def main(bench: Bench) -> None:
-    """Time every case asked for, print it, and write it after each, so that a lost machine loses one case."""
-    reserve_memory()
-    base, rows = recipes.recipe(bench.recipe), []
+def same_case(peer: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
+    """What a peer's file says of this model, length and number of devices, by our names; {} if nothing."""
+    sizes = {"seq_len": config.data.seq_len, "devices": config.mesh.size}
+    for row in peer["rows"]:
+        known = recipes.MODELS.get(row["model"])
+        figures = {metric: row[metric] for metric in UNITS if metric in row}
+        if known and known() == config.model and sizes.items() <= row.items() and config.data.batch_size == 1 and figures:
+            return figures
+    return {}
+
+
+def cases(bench: Bench) -> Iterator[tuple[str, TrainConfig]]:
+    """Each length with each policy, under a name that says all that is not the recipe's."""
+    base = recipes.recipe(bench.recipe)
     model = dataclasses.replace(base.model, num_layers=bench.layers or base.model.num_layers)
     for length in bench.lengths or (base.data.seq_len,):
         for text in bench.policies or ("",):
@@ -150,16 +175,25 @@ def main(bench: Bench) -> None:
                 steps=1000,
             )
             case = f"{bench.recipe} L={model.num_layers} T={length} B={data.batch_size} data={bench.data} seq={bench.seq} "
-            case += f"documents={bench.documents} {text or 'as the recipe'}"
-            figures = {}
-            for implementation in bench.implementations:
-                figures[implementation] = attempt(dataclasses.replace(config, implementation=implementation), bench)
-                print(case, implementation, json.dumps(figures[implementation]), flush=True)
-            first, *others = bench.implementations
-            for metric, value in figures[first].items():
-                peers = {other: figures[other][metric] for other in others if metric in figures[other]}
-                rows.append(record.row(f"{case} {first}", metric, UNITS.get(metric, "1"), value, **peers))
-            record.save(bench.name, rows, bench.out)
+            yield case + f"documents={bench.documents} {text or 'as the recipe'}", config
+
+
+def main(bench: Bench) -> None:
+    """Time every case asked for, print it, and write it after each, so that a lost machine loses one case."""
+    reserve_memory()
+    files = {name: json.loads(Path(path).read_text()) for name, path in (text.split("=", 1) for text in bench.peer)}
+    about = {name: {key: value for key, value in peer.items() if key != "rows"} for name, peer in files.items()}
+    how, rows = {"steps": bench.steps, "warmup": bench.warmup, "documents": bench.documents, "profile": bench.profile}, []
+    for case, config in cases(bench):
+        figures = {name: same_case(peer, config) for name, peer in files.items()}
+        for implementation in bench.implementations:
+            figures[implementation] = attempt(dataclasses.replace(config, implementation=implementation), **how)
+            print(case, implementation, json.dumps(figures[implementation]), flush=True)
+        ours = bench.implementations[0]
+        for metric, value in figures[ours].items():
+            peers = {other: figures[other][metric] for other in figures if other != ours and metric in figures[other]}
+            rows.append(record.row(f"{case} {ours}", metric, UNITS.get(metric, "1"), value, **peers))
+        record.save(bench.name, rows, bench.out, **({"peers": about} if about else {}))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -19,8 +20,8 @@ __all__ = ["row", "save"]
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "nvidia-cudnn-cu13", "nvidia-nccl-cu13", "torch")
 
 
-def row(case: str, metric: str, unit: str, ours: float, **peers: float) -> dict:
-    """One measured figure, and what the peers gave in the same run."""
+def row(case: str, metric: str, unit: str, ours: Any, **peers: Any) -> dict:
+    """One measured figure, or a list of them, and what the peers gave in the same run."""
     return {"case": case, "metric": metric, "unit": unit, "ours": ours, "peers": peers}
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ulysses_jax import cli, recipes
-from ulysses_jax.config import RopeScaling, to_dict
+from ulysses_jax.config import RopeScaling, from_dict, to_dict
 
 SMALL = [
     *("--mesh.data", "1", "--mesh.seq", "2"),
@@ -120,6 +120,14 @@ def test_every_field_can_be_given_and_none_is_lost():
     assert parsed("llama3-8b-128k", *arguments).config == config
     stretched = parsed("llama3-8b-128k", "--model.rope-scaling.factor", "4").config.model.rope_scaling
     assert stretched == dataclasses.replace(RopeScaling(), factor=4.0)
+
+
+@pytest.mark.parametrize("name", recipes.RECIPES)
+def test_a_config_comes_back_from_json(name):
+    """Leaving any part at its default breaks it, as the optimizer's was."""
+    config = recipes.recipe(name)
+    changed = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, moment_dtype="bfloat16"), seed=7)
+    assert from_dict(json.loads(json.dumps(to_dict(changed)))) == changed
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import jax
 import tyro
@@ -26,6 +26,9 @@ from rich.logging import RichHandler
 from ulysses_jax import costs, recipes, runtime
 from ulysses_jax.config import MemoryConfig, MeshConfig, TrainConfig, deal_heads, to_dict
 from ulysses_jax.report import show
+
+if TYPE_CHECKING:
+    from ulysses_jax.plan import Plan
 
 __all__ = ["main"]
 
@@ -267,10 +270,16 @@ def plan(arguments: Sequence[str], console: Console) -> int:
     compiled = certify(found) if command.compile else None
     if command.json:
         print(json.dumps(found.to_dict() | ({"compiled": compiled} if compiled else {}), indent=1))
-        return 0
+    else:
+        show_plan(found, compiled, command.model, console)
+    return 0
+
+
+def show_plan(found: "Plan", compiled: dict[str, float] | None, model: str, console: Console) -> None:
+    """A plan as tables: its policy, bytes on the device, on the host and on the wire, and times; beside them what compiled."""
     config, seconds = found.config, found.seconds
     memory = {k: v for k, v in to_dict(config.memory).items() if v != to_dict(MemoryConfig())[k]}
-    title = f"{command.model} at {config.data.seq_len:,} tokens on {command.devices} × {gpu.name}"
+    title = f"{model} at {config.data.seq_len:,} tokens on {config.mesh.size} × {found.gpu.name}"
     flags = " ".join(f"--memory.{name.replace('_', '-')} {value}" for name, value in memory.items())
     show(
         console,
@@ -278,7 +287,7 @@ def plan(arguments: Sequence[str], console: Console) -> int:
         {"policy": flags or "the default: attention's outputs are saved", "attention": str(config.implementation)},
     )
     rows = {k: _bytes(v) for k, v in found.device.items() if v} | {"all": _bytes(sum(found.device.values()))}
-    rows["of"] = _bytes(gpu.memory_bytes)
+    rows["of"] = _bytes(found.gpu.memory_bytes)
     if compiled:
         rows["all, compiled"] = f"{_bytes(compiled['device_bytes'])} ({compiled['compile_seconds']:.0f} s)"
     show(console, "bytes a device", rows)
@@ -288,13 +297,12 @@ def plan(arguments: Sequence[str], console: Console) -> int:
     if host:
         show(console, "bytes of the host, for each device", host)
     show(console, "bytes that leave a device in a step", {k: _bytes(v) for k, v in found.wire.items()})
-    rates = costs.rates(config, seconds["step"], gpu.name)
+    rates = costs.rates(config, seconds["step"], found.gpu.name)
     times = {k: f"{v:.3g} s" for k, v in seconds.items()}
     times["wire"] += " beside them"
     times["host"] += " beside them"
     times["speed"] = f"{rates['tokens_per_s']:,.0f} tokens/s, {rates['utilization']:.0%} of peak"
     show(console, "predicted time of a step", times)
-    return 0
 
 
 def _plan_command(arguments: Sequence[str]) -> PlanCommand:

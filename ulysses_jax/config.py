@@ -24,6 +24,7 @@ __all__ = [
     "TrainConfig",
     "check_chunks",
     "deal_heads",
+    "from_dict",
     "to_dict",
 ]
 
@@ -464,3 +465,21 @@ def check_chunks(chunks: int, heads: int, kv_heads: int, degree: int, *, name: s
 def to_dict(config) -> dict:
     """A config as plain nested dicts, for `config.json`."""
     return dataclasses.asdict(config)
+
+
+def from_dict(fields: dict[str, Any]) -> TrainConfig:
+    """The config of which `to_dict` made these fields, be it by way of JSON.
+
+    Raises:
+      ValueError: a value that a config refuses.
+    """
+    return _made(TrainConfig, fields)
+
+
+def _made(kind: type[Any], fields: dict[str, Any]) -> Any:
+    annotations, values = typing.get_type_hints(kind), dict(fields)
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            part: Any = next(filter(dataclasses.is_dataclass, _alternatives(annotations[name])))
+            values[name] = _made(part, value)
+    return kind(**values)

@@ -27,7 +27,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from ulysses_jax import costs
-from ulysses_jax.config import DataConfig, MemoryConfig, MeshConfig, ModelConfig, TrainConfig, to_dict
+from ulysses_jax.config import DataConfig, MemoryConfig, MeshConfig, ModelConfig, TrainConfig, from_dict, to_dict
 from ulysses_jax.memory import HOST
 from ulysses_jax.mesh import DATA, SEQ
 from ulysses_jax.train import Program, batch_shapes, build
@@ -198,9 +198,10 @@ class Plan:
 def policies(num_layers: int) -> Iterator[MemoryConfig]:
     """Every policy worth trying."""
     kinds: list[dict[str, Any]] = [
-        {"save": "products", "save_layers": f, "save_others": o} for f in (1, 0.5, 0.25) for o in ("attention",)
+        {"save": save, "save_layers": f, "save_others": "attention"}
+        for save in ("products", "projections")
+        for f in (1, 0.5, 0.25)
     ]
-    kinds += [{"save": "projections", "save_layers": f, "save_others": "attention"} for f in (1, 0.5, 0.25)]
     kinds += [{"save": "attention", "save_layers": f} for f in (1, 0.75, 0.5, 0.25)] + [{"save": "inputs"}]
     for kind, sent, tile, optimizer in itertools.product(kinds, (0, 0.25, 0.5, 0.75, 1), (None, 8192), (False, True)):
         if tile and kind["save"] == "products":
@@ -333,15 +334,7 @@ def _certificate(gpu: str, text: str) -> None:
     """In the child: compile, and print what `certify` answers."""
     import time
 
-    fields = json.loads(text)
-    parts = {"model": ModelConfig, "mesh": MeshConfig, "data": DataConfig, "memory": MemoryConfig}
-    scaling = fields["model"].pop("rope_scaling")
-    if scaling is not None:
-        from ulysses_jax.config import RopeScaling
-
-        fields["model"]["rope_scaling"] = RopeScaling(**scaling)
-    made = {name: kind(**fields[name]) for name, kind in parts.items()}
-    config = TrainConfig(**made, implementation=fields["implementation"], zero_stage=fields["zero_stage"])
+    config = from_dict(json.loads(text))
     program = build(config, absent_mesh(gpu, data=config.mesh.data, seq=config.mesh.seq))
     start = time.perf_counter()
     memory = compile_for(program).memory_analysis()

@@ -77,16 +77,8 @@ def llama_1p3b() -> ModelConfig:
 
 
 def llama_7b() -> ModelConfig:
-    """Llama 7B (arXiv 2302.13971): 32 layers of 4096."""
-    return ModelConfig(
-        vocab_size=32000,
-        num_layers=32,
-        embed_dim=4096,
-        num_heads=32,
-        num_kv_heads=32,
-        head_dim=128,
-        mlp_dim=11008,
-    )
+    """Llama 7B (arXiv 2302.13971): the 7B GPT with a smaller vocabulary."""
+    return dataclasses.replace(gpt_7b(), vocab_size=32000)
 
 
 def gpt_30b() -> ModelConfig:
