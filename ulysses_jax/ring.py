@@ -94,17 +94,7 @@ def live_tiles(
     """
     options = _Options("", balanced, is_causal, window, Options(1.0))
 
-    @jax.jit
-    def count(segment_ids: Array | None) -> Array:
-        whole = _Turns(options, length // size, size, 0, segment_ids).whole()
-
-        def of(place: Array) -> Array:
-            turns = _Turns(options, length // size, size, place // size, segment_ids)
-            return turns.sight(whole, place % size).tile_tables(tile, tile)[0].sum()
-
-        return lax.map(of, jnp.arange(size * size, dtype=jnp.int32))
-
-    return np.asarray(count(segment_ids)).reshape(size, size)
+    return np.asarray(_count_tiles(options, length // size, size, tile, segment_ids)).reshape(size, size)
 
 
 class _Options(NamedTuple):
@@ -212,6 +202,17 @@ class _Turns:
         late = lax.ppermute(ends[:, self.early :], axis, [(r, (r - 1) % R) for r in range(R)])
         joint = jnp.concatenate([ends[:, self.early - 1 : self.early], late[:, :-1]], axis=1)
         return jnp.concatenate([early, jnp.where(self.mine == R - 1, joint, late)], axis=1)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _count_tiles(options: _Options, held: int, size: int, tile: int, segment_ids: Array | None) -> Array:
+    whole = _Turns(options, held, size, 0, segment_ids).whole()
+
+    def of(place: Array) -> Array:
+        turns = _Turns(options, held, size, place // size, segment_ids)
+        return turns.sight(whole, place % size).tile_tables(tile, tile)[0].sum()
+
+    return lax.map(of, jnp.arange(size * size, dtype=jnp.int32))
 
 
 def _turns_here(options: _Options, held: int, segment_ids: Array | None) -> _Turns:
