@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -14,11 +15,12 @@ from jax import Array
 from tests.oracles import TOLERANCE, Case, dense_mask, errors_beyond, quick_jit
 from tests.trainers import FAST, LENGTH, first_state, hlo, make_batch, take_steps, tiny
 from ulysses_jax import costs, train
+from ulysses_jax.attention import Options
 from ulysses_jax.config import MeshConfig, deal_heads
 from ulysses_jax.data import place
 from ulysses_jax.mesh import early_chunks, make_mesh, token_order
 from ulysses_jax.plan import Crossing, ledger
-from ulysses_jax.ring import halo_reach, live_tiles
+from ulysses_jax.ring import _Options, _Turns, halo_reach, live_tiles
 from ulysses_jax.ulysses import ulysses_attention
 from ulysses_jax.verify import unplanned
 
@@ -257,6 +259,26 @@ def test_live_tiles_equal_a_count(balanced, documents, window):
     want = [[live[r, (r - turn) % ring] for turn in range(ring)] for r in range(ring)]
     told = live_tiles(T, ring, balanced=balanced, is_causal=True, window=window, segment_ids=ids, tile=tile)
     assert told.tolist() == want
+
+
+@pytest.mark.parametrize("window", [None, (100, 0), (700, 30)])
+@pytest.mark.parametrize("documents", [False, True])
+def test_ranges_of_a_turn_are_what_its_queries_and_keys_see(documents, window):
+    """All that the Hopper kernel reads of a mask; ranges of keys counted in keys, in place of queries, break it."""
+    T, ring = 1024, 2
+    ids = jnp.arange(T)[None] // 300 if documents else None
+    sees = dense_mask(T, T, is_causal=window != (700, 30), local_window_size=window, segment_ids=ids)[0]
+    held = token_order(T, ring).reshape(ring, -1)
+    options = _Options("", True, window != (700, 30), window, Options(1.0))
+    for rank, turn in itertools.product(range(ring), range(ring)):
+        turns = _Turns(options, T // ring, ring, rank, ids)
+        mask = turns.sight(turns.whole(), turn)
+        want = sees[held[rank]][:, held[(rank - turn) % ring]]
+        at = jnp.arange(T // ring)
+        np.testing.assert_array_equal(mask.visible(at[:, None], at[None, :])[0, 0], want)
+        for (first, end), rows in ((mask.live_keys(), want), (mask.live_queries(), want.T)):
+            first, end = np.asarray(first)[0, :, None], np.asarray(end)[0, :, None]
+            np.testing.assert_array_equal((at >= first) & (at < end), rows)
 
 
 @pytest.mark.parametrize("length", [2048, 16384])
