@@ -189,7 +189,7 @@ def divided_bytes(leaf_sizes: dict[str, tuple[int, bool]], devices: int, itemsiz
 def halo_elements(kv_heads: int, head_dim: int, *, batch_size: int, reach: int, pieces: int) -> int:
     """Elements a device hands to its neighbours in the forward of one windowed layer (`ring.halo_reach`): 2·B·W·K·H a piece.
 
-    Keys and values of the W tokens before each piece, one piece a device or two in the balanced order; K is the device's own KV
+    Keys and values of the W tokens before each piece: what a device holds, or its chunks in the balanced order. K is its own KV
     heads. The backward sends their gradients back, as much again. T does not appear: it is constant however long the sequence.
     """
     return 2 * batch_size * reach * kv_heads * head_dim * pieces

@@ -11,11 +11,15 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
-__all__ = ["DATA", "RING", "SEQ", "make_mesh", "sequence_axes", "token_order", "token_spec"]
+__all__ = ["DATA", "RING", "SEQ", "early_chunks", "make_mesh", "sequence_axes", "token_order", "token_spec"]
 
 DATA = "data"
 SEQ = "seq"
 RING = "ring"
+TILE = 128  # tokens of a kernel's tile: chunks that are multiples of it cut none
+# Most chunks that a device holds of a half of the sequence. With as many, all of 120 random packings of documents, T/64 tokens
+# long in the mean or longer, left the busiest device within 10 % of the mean, on rings of 2, 4 and 8; with half, not all.
+MOST_CHUNKS = 64
 
 
 def make_mesh(
@@ -75,13 +79,26 @@ def sequence_axes(mesh: Mesh) -> tuple[str, ...]:
 def token_order(length: int, ring: int) -> np.ndarray:
     """[T], the position of each token as tokens lie on a mesh: the natural order without a ring.
 
-    With a ring of R the sequence is cut into 2·R chunks and device r of the ring holds chunks r and 2·R − 1 − r, so that
-    each sees as much of the causal past as any other (`ring.py`).
+    With a ring of R the sequence is cut into 2·m·R chunks (`early_chunks`). Device r of the ring holds chunks r, r + R, …,
+    r + (m − 1)·R of the first half and their mirror images in the second, in rising order: by the mirror each sees as much of
+    the causal past as any other, by the stride each meets documents at all their places. With m = 1 that is "zigzag", without
+    the mirror striped attention (arXiv 2311.09431).
     """
     if ring == 1:
         return np.arange(length)
-    chunks = np.arange(length).reshape(2 * ring, -1)
-    return np.concatenate([chunks[[r, 2 * ring - 1 - r]].reshape(-1) for r in range(ring)])
+    m = early_chunks(length, ring)
+    early = np.arange(m * ring).reshape(m, ring).T
+    held = np.concatenate([early, (2 * m * ring - 1 - early)[:, ::-1]], axis=1)
+    return np.arange(length).reshape(2 * m * ring, -1)[held].reshape(-1)
+
+
+def early_chunks(length: int, ring: int) -> int:
+    """m, the chunks that each device of a ring of R holds of the sequence's first half; as many of the second.
+
+    The largest of at most 64 for which a chunk is a multiple of a kernel's tile; 1 where T/2R is none itself.
+    """
+    tiles, rest = divmod(length, 2 * ring * TILE)
+    return 1 if rest else max(m for m in range(1, MOST_CHUNKS + 1) if tiles % m == 0)
 
 
 def axes_size(mesh: Mesh, axes: Sequence[str]) -> int:
