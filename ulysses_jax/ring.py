@@ -18,7 +18,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from ulysses_jax.attention import Mask, Options, Window, attend, attend_backward, make_mask, normalize_window
+from ulysses_jax.attention import (
+    Mask,
+    Options,
+    Window,
+    attend,
+    attend_backward,
+    make_mask,
+    normalize_window,
+    sinks_gradient,
+    with_sinks,
+)
 from ulysses_jax.attention.blocked import varying_like
 from ulysses_jax.mesh import token_order
 
@@ -37,6 +47,7 @@ def ring_attention_shard(
     local_window_size: Window = None,
     segment_ids: Array | None = None,
     logits_soft_cap: float | None = None,
+    sinks: Array | None = None,
     implementation: str | None = None,
 ) -> Array:
     """Attention over a sequence of which this device holds T/R tokens; call it inside `shard_map`.
@@ -48,7 +59,7 @@ def ring_attention_shard(
       axis_name: the ring's mesh axis, of size R.
       balanced: tokens lie in the order of `mesh.token_order`; else each device holds one piece of the sequence.
       segment_ids: of the whole sequence in its own order, [B, T], the same on every device.
-      is_causal, scale, local_window_size, logits_soft_cap, implementation: as in `dot_product_attention`.
+      is_causal, scale, local_window_size, logits_soft_cap, sinks, implementation: as in `dot_product_attention`.
 
     Returns:
       [B, T/R, N, H].
@@ -57,8 +68,8 @@ def ring_attention_shard(
     attention = Options(scale, logits_soft_cap, implementation, residual=True)
     options = _Options(axis_name, balanced, is_causal, local_window_size, attention)
     if (reach := halo_reach(q.shape[1], balanced=balanced, is_causal=is_causal, window=local_window_size)) is not None:
-        return _halo(options, reach, q, k, v, segment_ids)
-    return _ring(options, q, k, v, segment_ids)
+        return _halo(options, reach, q, k, v, segment_ids, sinks)
+    return _ring(options, q, k, v, segment_ids, None if sinks is None else varying_like(sinks, q))
 
 
 def halo_reach(held: int, *, balanced: bool, is_causal: bool, window: Window) -> int | None:
@@ -142,11 +153,11 @@ class _Turns:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _ring(options: _Options, q: Array, k: Array, v: Array, segment_ids: Array | None) -> Array:
-    return _ring_fwd(options, q, k, v, segment_ids)[0]
+def _ring(options: _Options, q: Array, k: Array, v: Array, segment_ids: Array | None, sinks: Array | None) -> Array:
+    return _ring_fwd(options, q, k, v, segment_ids, sinks)[0]
 
 
-def _ring_fwd(options: _Options, q: Array, k: Array, v: Array, segment_ids: Array | None):
+def _ring_fwd(options: _Options, q: Array, k: Array, v: Array, segment_ids: Array | None, sinks: Array | None):
     turns = _Turns(options, q.shape[1], segment_ids)
     queries = turns.cut(q)
 
@@ -170,11 +181,14 @@ def _ring_fwd(options: _Options, q: Array, k: Array, v: Array, segment_ids: Arra
     sums = add(turns.size - 1, sums, *kv)  # the last keys go no further
     out = jnp.concatenate([out for out, _ in sums], axis=1).astype(q.dtype)
     lse = jnp.concatenate([lse for _, lse in sums], axis=2)
-    return out, (q, k, v, segment_ids, out, lse)
+    if sinks is not None:  # after the merge, and once; to the backward it is keys that came from elsewhere
+        out, lse = with_sinks(out, lse, sinks)
+    return out, (q, k, v, segment_ids, sinks, out, lse)
 
 
 def _ring_bwd(options: _Options, saved, d_out: Array):
-    q, k, v, segment_ids, out, lse = saved
+    q, k, v, segment_ids, sinks, out, lse = saved
+    d_sinks = None if sinks is None else sinks_gradient(out, lse, d_out, sinks)
     turns = _Turns(options, q.shape[1], segment_ids)
     queries, outs, d_outs, lses = turns.cut(q), turns.cut(out), turns.cut(d_out), turns.cut(lse, 2)
     wide = jnp.promote_types(q.dtype, jnp.float32)
@@ -204,13 +218,13 @@ def _ring_bwd(options: _Options, saved, d_out: Array):
     zeros = lambda x: varying_like(jnp.zeros(x.shape, wide), q, k, v, d_out, turns.mine)  # noqa: E731
     start = ([zeros(x) for x in queries], (k, v), (zeros(k), zeros(v)))
     (d_queries, _, (dk, dv)), _ = lax.scan(one_turn, start, jnp.arange(turns.size))
-    return jnp.concatenate(d_queries, 1).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+    return jnp.concatenate(d_queries, 1).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, d_sinks
 
 
 _ring.defvjp(_ring_fwd, _ring_bwd)
 
 
-def _halo(options: _Options, reach: int, q: Array, k: Array, v: Array, segment_ids: Array | None) -> Array:
+def _halo(options: _Options, reach: int, q: Array, k: Array, v: Array, segment_ids: Array | None, sinks: Array | None) -> Array:
     """Attention with a window to the left: to each piece come only the `reach` keys before it, from the device that holds them.
 
     What stands before an early piece is the end of the early piece of the device before; before a late piece, the end of the
@@ -245,7 +259,7 @@ def _halo(options: _Options, reach: int, q: Array, k: Array, v: Array, segment_i
             shift=jnp.int32(reach),
         )
         keys, values = jnp.concatenate([keys_before, keys], 1), jnp.concatenate([values_before, values], 1)
-        outs.append(attend(queries, keys, values, mask, turns.options.attention)[0])
+        outs.append(attend(queries, keys, values, mask, turns.options.attention, sinks)[0])
     return jnp.concatenate(outs, axis=1)
 
 
