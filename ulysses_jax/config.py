@@ -122,6 +122,8 @@ class ModelConfig:
     """a query sees this many tokens to its left (and right, if bidirectional); all by default"""
     logits_soft_cap: float | None = None
     """c of c·tanh(logits / c) inside attention"""
+    attention_sinks: bool = False
+    """a learned logit a head in attention's softmax, of a value of zero"""
     qk_norm: bool = False
     """RMSNorm on queries and keys, a head at a time"""
     projection_bias: bool = False
