@@ -135,7 +135,7 @@ def test_each_device_takes_the_sinks_of_its_own_heads(name):
 def test_runs_outside_jit_with_sinks_from_the_host():
     case = ON_MESH["gqa"][2]
     q, k, v, *_ = case.arrays().values()
-    got = ulysses_attention(q, k, v, mesh=make_mesh(data=2, seq=4), is_causal=True, sinks=sinks_of(case))
+    got = ulysses_attention(q, k, v, mesh=make_mesh(data=2, seq=4), is_causal=True, sinks=jnp.asarray(sinks_of(case)))
     assert errors_beyond(TOLERANCE["float32"], {"out": got}, {"out": expected(case)["out"]}) == {}
 
 
@@ -162,8 +162,8 @@ def test_it_lowers_inside_a_shard_map_for_hopper():
         return ulysses_attention_shard(q, k, v, is_causal=True, sinks=sinks, implementation="pallas").astype(jnp.float32).sum()
 
     tokens, whole = PartitionSpec("data", "seq"), PartitionSpec()
-    specs = {"in_specs": (tokens, tokens, tokens, whole), "out_specs": (tokens, tokens, tokens, whole)}
-    on_mesh = jax.shard_map(jax.grad(loss, (0, 1, 2, 3)), mesh=mesh, **specs)
+    specs = (tokens, tokens, tokens, whole)
+    on_mesh = jax.shard_map(jax.grad(loss, (0, 1, 2, 3)), mesh=mesh, in_specs=specs, out_specs=specs)
     shapes = [jax.ShapeDtypeStruct((2, 512, heads, 64), jnp.bfloat16) for heads in (8, 4, 4)]
     with jax.sharding.use_abstract_mesh(mesh):
         traced = jax.jit(on_mesh).trace(*shapes, jax.ShapeDtypeStruct((8,), jnp.float32))
