@@ -180,6 +180,25 @@ ATTENTION = [
         ("cannot do dtype float32", "use implementation='xla'"),
         error=NotImplementedError,
     ),
+    Row("splash without a TPU", lambda: attend(implementation="splash"), ("needs a TPU", "'cpu'", "use 'xla'")),
+    Row(
+        "splash in float16",
+        lambda: attend(x(dtype=jnp.float16), implementation="splash"),
+        ("cannot do dtype float16", "only bfloat16 and float32", "use implementation='xla'"),
+        error=NotImplementedError,
+    ),
+    Row(
+        "splash with block_mask",
+        lambda: attend(implementation="splash", block_mask=blocks(1, 2, 2)),
+        ("cannot do block_mask", "use implementation='xla'"),
+        error=NotImplementedError,
+    ),
+    Row(
+        "splash with return_residual",
+        lambda: attend(implementation="splash", return_residual=True),
+        ("cannot do return_residual (its log-sum-exp has no gradient)", "use implementation='xla'"),
+        error=NotImplementedError,
+    ),
     Row(
         "cuDNN with sinks",
         lambda: attend(x(dtype=jnp.bfloat16), implementation="cudnn", sinks=jnp.ones(4)),

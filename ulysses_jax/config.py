@@ -29,7 +29,7 @@ __all__ = [
 
 type Save = Literal["inputs", "attention", "projections", "products", "all"]
 type Dtype = Literal["bfloat16", "float32"]
-type Implementation = Literal["pallas", "cudnn", "xla", "reference"]
+type Implementation = Literal["pallas", "cudnn", "splash", "xla", "reference"]
 
 
 def _at_least(name: str, value: float, least: float) -> None:

@@ -28,6 +28,7 @@ from ulysses_jax.attention.masks import (
 )
 from ulysses_jax.attention.reference import reference_attention
 from ulysses_jax.attention.sparse import bigbird_blocks, fixed_blocks, longformer_blocks
+from ulysses_jax.attention.splash import splash_attention, splash_lacks
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -57,8 +58,10 @@ __all__ = [
     "with_sinks",
 ]
 
-IMPLEMENTATIONS = ("pallas", "cudnn", "xla", "reference")
+IMPLEMENTATIONS = ("pallas", "cudnn", "splash", "xla", "reference")
 HOPPER = ("H100", "H200", "H800", "H20", "GH200")  # in the device kind of what has sm90
+BLACKWELL = ("B100", "B200", "B300", "GB10", "RTX PRO", "RTX 5060", "RTX 5070", "RTX 5080", "RTX 5090")  # … sm100 or more
+OTHERS = ("Tesla", "Quadro", "TITAN", "GTX", "RTX 2060", "RTX 2070", "RTX 2080", "T4", "V100", "P100", "AMD")  # … not even sm80
 _log = logging.getLogger(__name__)
 
 
@@ -97,7 +100,8 @@ def dot_product_attention(
         softmax divides by exp(a_n) + Σ_s exp(logit_s) (gpt-oss; cf. arXiv 2309.17453). It is neither scaled nor capped.
       mask: a `make_mask` result, in place of `is_causal`, `local_window_size`, `segment_ids` and `block_mask`.
       implementation: "xla" (any device, memory linear in T), "pallas" (our kernel for Hopper GPUs; elsewhere the best there
-        is), "cudnn" (NVIDIA, 16-bit), "reference" (the float32 oracle), or None to choose by the hardware.
+        is), "cudnn" (NVIDIA from sm80 on, 16-bit), "splash" (jax's kernel for TPUs, tested in its interpreter alone),
+        "reference" (the float32 oracle), or None to choose by the hardware.
       deterministic: the backward gives the same bits every time.
       return_residual: also return the log-sum-exp of the logits, the sink's among them, [B, N, T], natural log, float32,
         differentiable.
@@ -156,6 +160,8 @@ def attend(
             return reference_attention(q, k, v, mask, sinks=sinks, **sizes)
         case "pallas":
             out, lse = hopper_attention(q, k, v, mask, deterministic=options.deterministic, **sizes)
+        case "splash":
+            return splash_attention(q, k, v, mask, sinks=sinks, **sizes), None
         case _:
             return _cudnn(q, k, v, mask, options.scale), None
     return (out, lse) if sinks is None else with_sinks(out, lse, sinks)
@@ -308,37 +314,43 @@ def check_platform(implementation: str | None, platform: str) -> None:
     """Refuse an implementation that the devices of a platform cannot run.
 
     Raises:
-      ValueError: "cudnn" without an NVIDIA GPU.
+      ValueError: "cudnn" without an NVIDIA GPU, "splash" without a TPU.
     """
     if implementation == "cudnn" and platform not in ("gpu", "cuda"):
         raise ValueError(f"implementation='cudnn' needs an NVIDIA GPU, but the devices are {platform!r}; use 'xla'.")
+    if implementation == "splash" and platform != "tpu":
+        raise ValueError(f"implementation='splash' needs a TPU, but the devices are {platform!r}; use 'xla'.")
 
 
 def _resolve(q: Array, mask: Mask, options: Options, sinks: bool = False) -> str:
     """The implementation that runs: the one named, where the devices have it, or the best they have.
 
-    Unnamed, on Hopper: "pallas" for heads of 128, where a training step is faster by it, and for what cuDNN lacks. Elsewhere
-    "cudnn" where it can do what is asked, else "xla" (`experiments/results/`, train_1p2b_2gpu and kernel_speed).
+    Unnamed, on Hopper: "pallas" for heads of 128, where a training step is faster by it, and for what cuDNN lacks. On other
+    GPUs "cudnn", on TPUs "splash", where they can do what is asked, else "xla" (`experiments/results/`, train_1p2b_2gpu and
+    kernel_speed). What is chosen, and why it is not what was to be had at best, is logged once.
     """
     platform, kind = _device()
     named, hopper = options.implementation, any(name in kind for name in HOPPER)
     if named in ("xla", "reference"):
         return named
-    lacking, hopper_lacking = _cudnn_lacks(q, mask, options, sinks), hopper_lacks(q, mask, options.scale)
-    if named == "cudnn":
-        if lacking:
-            raise NotImplementedError(f"implementation='cudnn' cannot do {lacking}; use implementation='xla'.")
+    lacks = {
+        "cudnn": _cudnn_lacks(q, mask, options, kind, sinks),
+        "pallas": hopper_lacks(q, mask, options.scale),
+        "splash": splash_lacks(q, mask, residual=options.residual),
+    }
+    if named is not None and (named != "pallas" or hopper):
+        if lacks[named]:
+            raise NotImplementedError(f"implementation={named!r} cannot do {lacks[named]}; use implementation='xla'.")
         check_platform(named, platform)
         return named
-    if named == "pallas" and hopper:
-        if hopper_lacking:
-            raise NotImplementedError(f"implementation='pallas' cannot do {hopper_lacking}; use implementation='xla'.")
-        return named
-    if hopper and hopper_lacking is None and (lacking or q.shape[-1] == 128):
-        chosen = "pallas"
+    if hopper and lacks["pallas"] is None and (lacks["cudnn"] or q.shape[-1] == 128):
+        chosen, why = "pallas", None
     else:
-        chosen = "cudnn" if platform in ("gpu", "cuda") and lacking is None else "xla"
-    _say_once(chosen, kind, named)
+        best = "splash" if platform == "tpu" else "cudnn" if platform in ("gpu", "cuda") else "xla"
+        why = lacks.get(best)
+        chosen = "xla" if why else best
+        why = why and f"{best!r} cannot do {why}"
+    _say_once(chosen, kind, why if named is None else ", and ".join(filter(None, (f"it has no {named!r}", why))))
     return chosen
 
 
@@ -352,17 +364,19 @@ def _device() -> tuple[str, str]:
 
 
 @functools.cache
-def _say_once(chosen: str, kind: str, named: str | None) -> None:
-    lacks = "" if named is None else f", as it has no {named!r}"
-    _log.info("attention on %s uses implementation=%r%s", kind, chosen, lacks)
+def _say_once(chosen: str, kind: str, why: str | None) -> None:
+    _log.info("attention on %s uses implementation=%r%s", kind, chosen, f", as {why}" if why else "")
 
 
-def _cudnn_lacks(q: Array, mask: Mask, options: Options, sinks: bool) -> str | None:
+def _cudnn_lacks(q: Array, mask: Mask, options: Options, kind: str, sinks: bool) -> str | None:
     """What cuDNN's fused attention (through jax.nn) cannot do here, in words, or None."""
+    widest = 256 if any(name in kind for name in HOPPER + BLACKWELL) else 128
+    if any(name in kind for name in OTHERS):
+        return f"{kind} (only NVIDIA's from sm80 on, such as A100)"
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"dtype {q.dtype} (only bfloat16 and float16)"
-    if q.shape[-1] % 8 or q.shape[-1] > 256:
-        return f"head size {q.shape[-1]} (only multiples of 8 up to 256)"
+    if q.shape[-1] % 8 or q.shape[-1] > widest:
+        return f"head size {q.shape[-1]} (only multiples of 8 up to {widest} on {kind})"
     if mask.query_length % 2 or mask.key_length % 2:
         return f"lengths {mask.query_length} and {mask.key_length} (only even ones, in its backward)"
     if mask.query_ids is not None:
