@@ -97,7 +97,7 @@ def time_steps(
     compiled, memory = time.perf_counter() - start, step.memory_analysis()
     assert memory is not None
     host = random_batch(config, documents)
-    state, batch, seconds, losses = program.init(), place(host, mesh), [], []
+    state, batch, seconds, losses = program.init(), place(host, mesh, balanced=config.balanced), [], []
     jax.block_until_ready((state, batch))
     for _ in range(warmup + steps):
         start = time.perf_counter()

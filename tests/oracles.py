@@ -74,29 +74,34 @@ def dense_blocks(layout, block: int, length: int, key_length: int) -> np.ndarray
     return np.kron(np.asarray(layout), np.ones((1, block, block), bool))[:, :length, :key_length]
 
 
-def attention(q, k, v, *, scale=None, logits_soft_cap=None, **mask) -> dict[str, np.ndarray]:
+def attention(q, k, v, *, scale=None, logits_soft_cap=None, sinks=None, **mask) -> dict[str, np.ndarray]:
     """`out` [B, T, N, H], and `lse` [B, N, T], the log-sum-exp of the logits; 0 and −inf for a query that sees no key."""
-    p, lse, _ = _softmax(q, k, scale, logits_soft_cap, mask)
+    p, lse, _ = _softmax(q, k, scale, logits_soft_cap, sinks, mask)
     return {"out": np.einsum("bnts,bsnh->btnh", p, _spread(v, q.shape[2])), "lse": lse}
 
 
-def attention_gradients(q, k, v, d_out, d_lse, *, scale=None, logits_soft_cap=None, **mask) -> dict[str, np.ndarray]:
-    """Gradients of ⟨out, d_out⟩ + ⟨lse, d_lse⟩.
+def attention_gradients(
+    q, k, v, d_out, d_lse, *, scale=None, logits_soft_cap=None, sinks=None, **mask
+) -> dict[str, np.ndarray]:
+    """Gradients of ⟨out, d_out⟩ + ⟨lse, d_lse⟩, `dsinks` among them where there are sinks.
 
-    With L the logits after the cap, P their softmax: ∂lse/∂L = P and ∂out/∂L = P ∘ (dP − Σ_s P dP), where dP = d_out vᵀ.
+    With L the logits after the cap, P their softmax: ∂lse/∂L = P and ∂out/∂L = P ∘ (dP − Σ_s P dP), where dP = d_out vᵀ. A
+    sink is one of them, of dP = 0.
     """
     q, k, v, d_out, d_lse = (np.asarray(x, np.float64) for x in (q, k, v, d_out, d_lse))
-    p, _, slope = _softmax(q, k, scale, logits_soft_cap, mask)
+    p, lse, slope = _softmax(q, k, scale, logits_soft_cap, sinks, mask)
     dp = np.einsum("btnh,bsnh->bnts", d_out, _spread(v, q.shape[2]))
-    d_logits = p * (dp - (p * dp).sum(-1, keepdims=True) + d_lse[..., None]) * slope
-    return {
+    pull = d_lse - (p * dp).sum(-1)
+    d_logits = p * (dp + pull[..., None]) * slope
+    d_sinks = {} if sinks is None else {"dsinks": (np.exp(np.asarray(sinks, np.float64)[:, None] - lse) * pull).sum((0, 2))}
+    return d_sinks | {
         "dq": np.einsum("bnts,bsnh->btnh", d_logits, _spread(k, q.shape[2])),
         "dk": _gather(np.einsum("bnts,btnh->bsnh", d_logits, q), k.shape[2]),
         "dv": _gather(np.einsum("bnts,btnh->bsnh", p, d_out), k.shape[2]),
     }
 
 
-def _softmax(q, k, scale, soft_cap, mask) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _softmax(q, k, scale, soft_cap, sinks, mask) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """P [B, N, T, S], the log-sum-exp [B, N, T], and the logits' slope in q kᵀ."""
     q, k = np.asarray(q, np.float64), np.asarray(k, np.float64)
     scale = 1 / np.sqrt(q.shape[-1]) if scale is None else scale
@@ -110,7 +115,7 @@ def _softmax(q, k, scale, soft_cap, mask) -> tuple[np.ndarray, np.ndarray, np.nd
     if blocks is not None:
         sees = sees & dense_blocks(blocks.layout, blocks.block, q.shape[1], k.shape[1])
     weights = np.where(sees, np.exp(logits), 0)  # logits of the tests are small: no shift is needed
-    total = weights.sum(-1)
+    total = weights.sum(-1) + (0 if sinks is None else np.exp(np.asarray(sinks, np.float64))[:, None])
     with np.errstate(divide="ignore"):
         lse = np.log(total)
     return weights / np.where(total > 0, total, 1)[..., None], lse, slope

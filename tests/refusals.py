@@ -151,6 +151,11 @@ ATTENTION = [
     Row("scale an array", lambda: attend(scale=jnp.ones(3)), ("scale is an array float32[3]", "must be a finite number")),
     Row("scale NaN", lambda: attend(scale=float("nan")), ("scale is nan", "must be a finite number")),
     Row("cap negative", lambda: attend(logits_soft_cap=-1.0), ("logits_soft_cap is -1.0", "> 0", "Leave it out")),
+    Row(
+        "sinks a float", lambda: attend(sinks=1.0), ("sinks is 1.0", "must be float32[4], [N]", "one logit for each query head")
+    ),
+    Row("sinks of KV heads", lambda: attend(k=x(N=2), sinks=jnp.ones(2)), ("float32[2]", "must be float32[4], [N]")),
+    Row("sinks in bfloat16", lambda: attend(sinks=jnp.ones(4, jnp.bfloat16)), ("bfloat16[4]", "Cast it", "leave it out")),
     Row("window negative", lambda: attend(local_window_size=-1), ("local_window_size is -1", "≥ 0", "Leave it out")),
     Row("window of three", lambda: attend(local_window_size=(1, 2, 3)), ("(1, 2, 3)", "int or (left, right)")),
     Row("window a float", lambda: attend(local_window_size=1.5), ("local_window_size is 1.5", "must be an int")),
@@ -173,6 +178,31 @@ ATTENTION = [
         "cuDNN in float32",
         lambda: attend(implementation="cudnn"),
         ("cannot do dtype float32", "use implementation='xla'"),
+        error=NotImplementedError,
+    ),
+    Row("splash without a TPU", lambda: attend(implementation="splash"), ("needs a TPU", "'cpu'", "use 'xla'")),
+    Row(
+        "splash in float16",
+        lambda: attend(x(dtype=jnp.float16), implementation="splash"),
+        ("cannot do dtype float16", "only bfloat16 and float32", "use implementation='xla'"),
+        error=NotImplementedError,
+    ),
+    Row(
+        "splash with block_mask",
+        lambda: attend(implementation="splash", block_mask=blocks(1, 2, 2)),
+        ("cannot do block_mask", "use implementation='xla'"),
+        error=NotImplementedError,
+    ),
+    Row(
+        "splash with return_residual",
+        lambda: attend(implementation="splash", return_residual=True),
+        ("cannot do return_residual (its log-sum-exp has no gradient)", "use implementation='xla'"),
+        error=NotImplementedError,
+    ),
+    Row(
+        "cuDNN with sinks",
+        lambda: attend(x(dtype=jnp.bfloat16), implementation="cudnn", sinks=jnp.ones(4)),
+        ("cannot do sinks", "has no gradient", "use implementation='xla'"),
         error=NotImplementedError,
     ),
     Row("make_mask of 0 tokens", lambda: make_mask(0), ("query_length is 0", "int ≥ 1", "q.shape[1]")),
@@ -319,6 +349,17 @@ MESH = [
         "heads_to_seq without heads",
         lambda: on_shards(lambda q: heads_to_seq(q, "seq"), x()[:, :, 0]),
         ("[2, 2, 8]", "must be [B, T, N/P, H]"),
+    ),
+    Row("sinks of other heads, on a mesh", lambda: attend_on_mesh(sinks=jnp.ones(2)), ("float32[2]", "float32[4], [N]")),
+    Row(
+        "the shard core with a device's own sinks",
+        lambda: on_shards(lambda q: ulysses_attention_shard(q, q, q, sinks=jnp.ones(1)), x()),
+        ("float32[1]", "must be float32[4], [N]"),
+    ),
+    Row(
+        "sinks that are not dealt as the heads are",
+        lambda: on_shards(lambda q: ulysses_attention_shard(*[q[None].repeat(4, 0)] * 3, sinks=jnp.ones(4))[0], x()),
+        ("float32[4]", "must be float32[4, 4], [P, n]"),
     ),
     Row("a layout of other heads, on a mesh", lambda: attend_on_mesh(block_mask=blocks(2, 2, 2)), ("for 2 heads", "N = 4")),
     Row(

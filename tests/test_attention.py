@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.oracles import TOLERANCE, Case, attention, attention_gradients, errors_beyond, quick_jit
-from ulysses_jax.attention import _say_once, dot_product_attention, make_mask
+from ulysses_jax.attention import _say_once, dot_product_attention, longformer_blocks, make_mask
 from ulysses_jax.attention.blocked import blocked_attention
 
 CASES = {
@@ -254,6 +254,58 @@ def test_on_hopper_the_faster_kernel_is_chosen_that_can_do_it(monkeypatch, caplo
     with caplog.at_level("INFO", logger="ulysses_jax.attention"):
         jax.eval_shape(functools.partial(dot_product_attention, **options), x, x, x)
     assert f"implementation='{chosen}'" in caplog.text
+
+
+ELSEWHERE = [  # platform, kind, head size, options, what is said
+    ("gpu", "NVIDIA A100-SXM4-80GB", 128, {"is_causal": True}, "'cudnn'"),
+    ("gpu", "NVIDIA L4", 128, {"local_window_size": (4, 0)}, "'cudnn'"),
+    ("gpu", "NVIDIA A100-SXM4-80GB", 256, {}, "'xla', as 'cudnn' cannot do head size 256"),
+    ("gpu", "NVIDIA A100-SXM4-80GB", 64, {"sinks": jnp.zeros(2)}, "'xla', as 'cudnn' cannot do sinks"),
+    ("gpu", "NVIDIA A100-SXM4-80GB", 64, {"implementation": "pallas"}, "'cudnn', as it has no 'pallas'"),
+    ("gpu", "NVIDIA GeForce RTX 4090", 64, {"logits_soft_cap": 9.0}, "'xla', as 'cudnn' cannot do logits_soft_cap"),
+    ("gpu", "NVIDIA B200", 256, {"is_causal": True}, "'cudnn'"),
+    ("gpu", "NVIDIA GB200", 64, {"segment_ids": jnp.zeros((1, 256), jnp.int32)}, "'xla', as 'cudnn' cannot do segment_ids"),
+    ("gpu", "Tesla T4", 64, {}, "'xla', as 'cudnn' cannot do Tesla T4"),
+    ("gpu", "AMD Instinct MI300X", 64, {}, "'xla', as 'cudnn' cannot do AMD"),
+    ("tpu", "TPU v5 lite", 128, {"is_causal": True}, "'splash'"),
+    ("tpu", "TPU v5 lite", 64, {"segment_ids": jnp.zeros((1, 256), jnp.int32), "sinks": jnp.zeros(2)}, "'splash'"),
+    ("tpu", "TPU v6 lite", 64, {"implementation": "pallas"}, "'splash', as it has no 'pallas'"),
+    ("tpu", "TPU v4", 64, {"return_residual": True}, "'xla', as 'splash' cannot do return_residual"),
+    ("tpu", "TPU v4", 64, {"block_mask": longformer_blocks(256)}, "'xla', as 'splash' cannot do block_mask"),
+    ("cpu", "cpu", 64, {}, "'xla'"),
+]
+
+
+@pytest.mark.usefixtures("cudnn_declared")
+@pytest.mark.parametrize(("platform", "kind", "head_dim", "options", "said"), ELSEWHERE)
+def test_elsewhere_what_the_hardware_has_is_chosen_and_said_in_one_line(
+    monkeypatch, caplog, platform, kind, head_dim, options, said
+):
+    """cuDNN on any GPU whatever, or its widest heads before Hopper, breaks it, as does "splash" whatever it lacks."""
+    monkeypatch.setattr("ulysses_jax.attention._device", lambda: (platform, kind))
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_compute_capability", lambda capability: True)
+    x = jax.ShapeDtypeStruct((1, 256, 2, head_dim), jnp.bfloat16)
+    _say_once.cache_clear()
+    with caplog.at_level("INFO", logger="ulysses_jax.attention"):
+        for _ in range(2):
+            jax.eval_shape(functools.partial(dot_product_attention, **options), x, x, x)
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0].startswith(f"attention on {kind} uses implementation={said}")
+    assert (", as " in caplog.messages[0]) == (", as " in said)
+
+
+@pytest.mark.parametrize(
+    ("kind", "named", "error", "message"),
+    [
+        ("Tesla T4", "cudnn", NotImplementedError, r"'cudnn' cannot do Tesla T4 \(only NVIDIA's from sm80 on"),
+        ("NVIDIA A100-SXM4-80GB", "splash", ValueError, "'splash' needs a TPU, but the devices are 'gpu'; use 'xla'"),
+    ],
+)
+def test_what_is_named_and_not_there_is_refused(monkeypatch, kind, named, error, message):
+    monkeypatch.setattr("ulysses_jax.attention._device", lambda: ("gpu", kind))
+    x = heads(1, 64, 2, 64, dtype=jnp.bfloat16)
+    with pytest.raises(error, match=message):
+        dot_product_attention(x, x, x, implementation=named)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import linen, nnx
 
-from tests.oracles import TOLERANCE, dense_mask, quick_jit, relative_error
+from tests.oracles import TOLERANCE, attention, dense_mask, quick_jit, relative_error
 from ulysses_jax.attention import make_mask
 from ulysses_jax.flax_layers import FlaxAttention, attention_fn
 from ulysses_jax.mesh import make_mesh
@@ -115,6 +115,14 @@ def test_trap_14_a_mask_given_through_linen_changes_the_output(mesh, x, linen_pa
     want = quick_jit(linen_layer().apply)(linen_params, x, mask=dense({"segment_ids": IDS}))
     assert relative_error(masked, want) <= TOLERANCE["float32"]
     assert relative_error(apply(linen_params, x), want) > 0.1
+
+
+def test_a_call_hands_on_sinks(mesh):
+    """Leaving them out of what `FlaxAttention.__call__` hands on breaks it."""
+    q, k, v = (jax.random.normal(key, (B, T, N, 4)) for key in jax.random.split(jax.random.key(3), 3))
+    sinks = jnp.linspace(-1, 2, N)
+    got = quick_jit(attention_fn(mesh, is_causal=True))(q, k, v, sinks=sinks)
+    assert relative_error(got, attention(q, k, v, is_causal=True, sinks=sinks)["out"]) <= TOLERANCE["float32"]
 
 
 def call(layers: str, linen_params, x, options: dict, **arguments):

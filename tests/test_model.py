@@ -88,7 +88,8 @@ def reference(config: ModelConfig, params: Any, tokens: np.ndarray) -> np.ndarra
             if config.logits_soft_cap is not None:
                 logits = config.logits_soft_cap * np.tanh(logits / config.logits_soft_cap)
             weights = np.exp(np.where(hidden, -np.inf, logits))
-            x = x + weights / weights.sum(-1, keepdims=True) @ value @ a["out"][n]
+            sink = np.exp(a["sink_bias"][n]) if config.attention_sinks else 0
+            x = x + weights / (weights.sum(-1, keepdims=True) + sink) @ value @ a["out"][n]
         y, m = norm(x, w["mlp_norm"]["scale"]), w["mlp"]
         gate = y @ m["gate"]
         x = x + (gate / (1 + np.exp(-gate)) * (y @ m["up"])) @ m["down"]
@@ -104,6 +105,7 @@ def reference(config: ModelConfig, params: Any, tokens: np.ndarray) -> np.ndarra
         {"tie_embeddings": True, "num_kv_heads": 1, "rope_theta": 100.0},
         {"is_causal": False, "local_window_size": 3, "logits_soft_cap": 2.0},
         {"local_window_size": 4, "norm_eps": 0.1},
+        {"attention_sinks": True, "head_chunks": 2},
     ],
     ids=lambda change: ",".join(change),
 )
@@ -206,7 +208,11 @@ def test_norm_is_computed_in_float32_and_keeps_the_type():
 PRESETS = [recipes.tiny, recipes.gpt_1p2b, recipes.gpt_7b, recipes.gpt_30b, recipes.llama3_8b]
 
 
-@pytest.mark.parametrize("preset", [*PRESETS, lambda: MODEL], ids=lambda f: f.__name__)
+def with_sinks() -> ModelConfig:
+    return dataclasses.replace(recipes.tiny(), attention_sinks=True)
+
+
+@pytest.mark.parametrize("preset", [*PRESETS, lambda: MODEL, with_sinks], ids=lambda f: f.__name__)
 def test_parameters_are_as_many_as_costs_counts(preset):
     config = preset()
     shapes = nnx.to_pure_dict(nnx.split(nnx.eval_shape(lambda: transformer(config)))[1])
@@ -271,9 +277,9 @@ def test_positions_go_on_across_shards(seq):
 )
 def test_heads_in_groups_and_chunks_give_the_gradients_of_one_device(seq, heads, kv_heads, chunks):
     """Groups of two, which are summed, and of more; KV heads replicated, and heads computed twice. Zeros left out of the output
-    weight of a head's copy break it, as do chunks of KV heads paired with another chunk's queries.
+    weight of a head's copy break it, as do chunks of KV heads, or sinks, paired with another chunk's queries.
     """
-    config = dataclasses.replace(ONE_LAYER, num_heads=heads, num_kv_heads=kv_heads)
+    config = dataclasses.replace(ONE_LAYER, num_heads=heads, num_kv_heads=kv_heads, attention_sinks=True)
     one, params = parts(config)
     many, _ = parts(dataclasses.replace(config, head_chunks=chunks), ShardAttention(implementation="xla"))
     batch = {name: BATCH[name][:2] for name in ("tokens", "labels", "segment_ids", "positions")}

@@ -121,7 +121,7 @@ def test_many_chunks_a_device_equal_the_oracle(shape, name):
 @pytest.mark.parametrize(("name", "balanced"), [("halo_alone", True), ("halo_alone", False), ("fine halo", True)])
 def test_the_halo_that_cudnn_can_take_equals_the_oracle(shape, name, balanced, monkeypatch):
     """By plain XLA, in cuDNN's stead. Leaving the sequence's first chunk behind what another device sent breaks it."""
-    monkeypatch.setattr("ulysses_jax.ring._resolve", lambda *_: "cudnn")
+    monkeypatch.setattr("ulysses_jax.ring.resolve", lambda *_: "cudnn")
     name = f"{name} {shape}" if name.startswith("fine") else name
     jax.clear_caches()
     want, given = CASES[name].expected(lse_cotangent=False), inputs(CASES[name])
@@ -363,16 +363,19 @@ def ring_steps(config: train.TrainConfig, batches: list) -> tuple[list[dict[str,
     state = jax.tree.map(lambda x, like: jax.device_put(np.asarray(x), like.sharding), state, p.abstract)
     metrics = []
     for batch in batches:
-        state, m = step(state, place(batch, mesh))
+        state, m = step(state, place(batch, mesh, balanced=config.balanced))
         metrics.append({name: float(x) for name, x in m.items()})
     return metrics, p, ledger(hlo(step), mesh)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mask_documents", [True, False])
-def test_training_on_a_ring_follows_one_device(mask_documents):
-    """Traps 1, 6, 7. Ids left in the mesh's order, or positions made anew on the mesh, break it."""
+@pytest.mark.parametrize(("mask_documents", "window"), [(True, None), (False, None), (True, 5)])
+def test_training_on_a_ring_follows_one_device(mask_documents, window):
+    """Traps 1, 6, 7. Ids left in the mesh's order, or positions made anew on the mesh, break it; so do ids put in the order of a
+    balanced ring where a short window leaves tokens in their own."""
     own = tiny(mask_documents=mask_documents)
+    own = dataclasses.replace(own, model=dataclasses.replace(own.model, local_window_size=window))
+    assert dataclasses.replace(own, mesh=MeshConfig(ring=2, seq=2)).balanced == (window is None)
     batches = [make_batch(own, step) for step in range(4)]
     _, want = take_steps(own, batches)
     got, p, crossings = ring_steps(dataclasses.replace(own, mesh=MeshConfig(ring=2, seq=2)), batches)

@@ -30,7 +30,7 @@ __all__ = [
 
 type Save = Literal["inputs", "attention", "projections", "products", "all"]
 type Dtype = Literal["bfloat16", "float32"]
-type Implementation = Literal["pallas", "cudnn", "xla", "reference"]
+type Implementation = Literal["pallas", "cudnn", "splash", "xla", "reference"]
 
 
 def _at_least(name: str, value: float, least: float) -> None:
@@ -123,6 +123,8 @@ class ModelConfig:
     """a query sees this many tokens to its left (and right, if bidirectional); all by default"""
     logits_soft_cap: float | None = None
     """c of c·tanh(logits / c) inside attention"""
+    attention_sinks: bool = False
+    """a learned logit a head in attention's softmax, of a value of zero"""
     qk_norm: bool = False
     """RMSNorm on queries and keys, a head at a time"""
     projection_bias: bool = False
@@ -411,6 +413,14 @@ class TrainConfig:
                 f"data.batch_size is {self.data.batch_size}; it must be a multiple of mesh.data × accumulation = "
                 f"{self.mesh.data} × {self.accumulation}. The nearest above is {-(-self.data.batch_size // rows) * rows}."
             )
+
+    @property
+    def balanced(self) -> bool:
+        """Do tokens lie in the ring's `token_order`? Not where a causal window is no longer than what a device holds: then all
+        have as much to do in the natural order, and only the window's keys travel (`ring.halo_reach`).
+        """
+        ring, window = self.mesh.ring, self.model.local_window_size
+        return ring > 1 and (window is None or not self.model.is_causal or window > self.data.seq_len // ring)
 
 
 class Dealing(NamedTuple):

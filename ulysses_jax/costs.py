@@ -41,7 +41,7 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
         config.mlp_dim,
         config.num_layers,
     )
-    bias = (N + 2 * K) * H if config.projection_bias else 0
+    bias = ((N + 2 * K) * H if config.projection_bias else 0) + (N if config.attention_sinks else 0)
     return {
         "embedding": config.vocab_size * D,
         "attention": L * (2 * D * N * H + 2 * D * K * H + bias),

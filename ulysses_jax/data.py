@@ -194,10 +194,13 @@ def read_ahead(packing: Packing, steps: range) -> Iterator[Batch]:
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
 
 
-def place(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
-    """A global batch on the mesh, in its `token_order`: every process holds all of it and hands its devices their parts."""
+def place(batch: Batch, mesh: Mesh, *, balanced: bool = True) -> dict[str, jax.Array]:
+    """A global batch on the mesh: every process holds all of it and hands its devices their parts.
+
+    On a ring tokens lie in its `token_order`, or, not `balanced`, in their own (`TrainConfig.balanced`).
+    """
     sharding = NamedSharding(mesh, token_spec(mesh))
-    if (ring := mesh.shape.get(RING, 1)) > 1:
+    if balanced and (ring := mesh.shape.get(RING, 1)) > 1:
         batch = {name: x[:, token_order(x.shape[1], ring)] for name, x in batch.items()}
     return {name: jax.make_array_from_callback(x.shape, sharding, lambda index, x=x: x[index]) for name, x in batch.items()}
 

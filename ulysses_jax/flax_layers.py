@@ -52,6 +52,7 @@ class FlaxAttention:
         segment_ids: Segments = None,
         logits_soft_cap: float | None = None,
         block_mask: BlockMask | None = None,
+        sinks: Array | None = None,
         force_fp32_for_softmax: bool = False,
         qk_attn_weights_einsum=None,
         attn_weights_value_einsum=None,
@@ -84,6 +85,7 @@ class FlaxAttention:
             value,
             mesh=self.mesh,
             mask=mask,
+            sinks=sinks,
             scale=self.scale if scale is None else scale,
             logits_soft_cap=self.logits_soft_cap if logits_soft_cap is None else logits_soft_cap,
             implementation=self.implementation,
@@ -100,8 +102,8 @@ def attention_fn(mesh: Mesh, **options) -> FlaxAttention:
     """Ulysses attention for `nnx.MultiHeadAttention` and `linen.MultiHeadDotProductAttention`.
 
     `options` are those of `ulysses_attention`. A mask given to the layer must be a `make_mask` result; it replaces
-    `is_causal`, `local_window_size` and `block_mask`. Two results with equal options are equal, so a model that holds one is
-    not recompiled.
+    `is_causal`, `local_window_size` and `block_mask`. Flax's layers have no sinks; a layer of your own that learns them
+    gives them to the call, `sinks=`. Two results with equal options are equal, so a model that holds one is not recompiled.
 
     Example:
       >>> layer = nnx.MultiHeadAttention(8, 512, attention_fn=attention_fn(mesh, is_causal=True), decode=False, rngs=rngs)
@@ -110,7 +112,7 @@ def attention_fn(mesh: Mesh, **options) -> FlaxAttention:
     if unknown := sorted(options.keys() - known):
         raise ValueError(
             f"attention_fn has no option {unknown[0]!r}; the options are {', '.join(sorted(known))}. "
-            "mask and segment_ids are given to the layer's call."
+            "mask, segment_ids and sinks are given to the layer's call."
         )
     options["batch_axes"] = axis_names(options.get("batch_axes", (DATA,)))
     attention = FlaxAttention(mesh=mesh, **options)

@@ -56,6 +56,8 @@ class Attention(nnx.Module):
         self.out = _weight(rngs, (N, H, D), fan_in=N * H * 2 * config.num_layers)
         if config.projection_bias:
             self.query_bias, self.key_bias, self.value_bias = (nnx.Param(jnp.zeros((n, H))) for n in (N, K, K))
+        if config.attention_sinks:
+            self.sink_bias = nnx.Param(jnp.zeros(N))
         if config.qk_norm:
             self.query_norm, self.key_norm = RMSNorm(H, config.norm_eps), RMSNorm(H, config.norm_eps)
 
@@ -68,7 +70,8 @@ class Attention(nnx.Module):
             return self._add(weights, x, y, angles, segment_ids, mask)[1]
         # Where the layer is recomputed as a whole, its chunks keep what the kernel gave then, rather than run it a third time.
         add = jax.checkpoint(self._add, policy=jax.checkpoint_policies.save_only_these_names(*self.keep))
-        chunks = {name: jnp.split(w, config.head_chunks, axis=-3 if name == "out" else -2) for name, w in weights.items()}
+        heads = {"out": -3, "sink_bias": -1}
+        chunks = {name: jnp.split(w, config.head_chunks, axis=heads.get(name, -2)) for name, w in weights.items()}
         before = y
         for i in range(config.head_chunks):
             own = {name: chunk[i] for name, chunk in chunks.items()}
@@ -78,7 +81,8 @@ class Attention(nnx.Module):
         return y
 
     def _dealt(self, groups: int, x: Array) -> dict[str, Array]:
-        """The weights as `deal_heads` deals them to G groups: [D, G, n, H], out [G, n, H, D], biases [G, 1, 1, n, H].
+        """The weights as `deal_heads` deals them to G groups: [D, G, n, H], out [G, n, H, D], biases [G, 1, 1, n, H], sinks
+        [G, n].
 
         They are dealt rather than what they project, because they are small. A head computed twice has an output weight once.
         """
@@ -92,6 +96,8 @@ class Attention(nnx.Module):
             if config.projection_bias:
                 b = take_heads(getattr(self, f"{name}_bias")[...].astype(x.dtype), own, axis=0)
                 dealt[f"{name}_bias"] = b.reshape(groups, 1, 1, -1, b.shape[-1])
+        if config.attention_sinks:
+            dealt["sink_bias"] = take_heads(self.sink_bias[...], dealing.queries, axis=0).reshape(groups, -1)
         out, owner = self.out[...].astype(x.dtype), dict(zip(dealing.slots, range(config.num_heads), strict=True))
         if len(dealing.queries) > len(owner):
             out = jnp.concatenate([out, jnp.zeros_like(out[:1])])
@@ -121,6 +127,8 @@ class Attention(nnx.Module):
             }
         )
         attend = functools.partial(self.attention, logits_soft_cap=config.logits_soft_cap, **options)
+        if config.attention_sinks:
+            attend = functools.partial(attend, sinks=weights["sink_bias"] if len(q) > 1 else weights["sink_bias"][0])
         z = attend(q, k, v) if len(q) > 1 else attend(q[0], k[0], v[0])[None]
         z = checkpoint_name(z, "attention_exchanged")
         return x, _contract(y, z, weights["out"])
@@ -256,9 +264,9 @@ class Transformer(nnx.Module):
 
     Args:
       config: the shape.
-      attention: a callable `(q, k, v, *, is_causal, local_window_size, segment_ids, mask, logits_soft_cap)`, hashable and
-        compared by value: `dot_product_attention` (default), `attention_fn(mesh)` for global arrays, or
-        `ShardAttention()` inside a `shard_map`.
+      attention: a callable `(q, k, v, *, is_causal, local_window_size, segment_ids, mask, logits_soft_cap)`, and `sinks` where
+        the config has them, hashable and compared by value: `dot_product_attention` (default), `attention_fn(mesh)` for
+        global arrays, or `ShardAttention()` inside a `shard_map`.
       unshard: stored parameters of one part of the model → parameters as used; identity by default.
       memory: what the layers keep for their backward; `MemoryConfig()` by default.
       rngs: source of the initial values.

@@ -21,7 +21,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from ulysses_jax.attention import Mask, Options, Window, _resolve, attend, attend_backward, make_mask, normalize_window
+from ulysses_jax.attention import (
+    Mask,
+    Options,
+    Window,
+    attend,
+    attend_backward,
+    make_mask,
+    normalize_window,
+    resolve,
+    sinks_gradient,
+    with_sinks,
+)
 from ulysses_jax.attention.blocked import varying_like
 from ulysses_jax.mesh import TILE, early_chunks, token_order
 
@@ -40,6 +51,7 @@ def ring_attention_shard(
     local_window_size: Window = None,
     segment_ids: Array | None = None,
     logits_soft_cap: float | None = None,
+    sinks: Array | None = None,
     implementation: str | None = None,
 ) -> Array:
     """Attention over a sequence of which this device holds T/R tokens; call it inside `shard_map`.
@@ -51,7 +63,7 @@ def ring_attention_shard(
       axis_name: the ring's mesh axis, of size R.
       balanced: tokens lie in the order of `mesh.token_order`; else each device holds one piece of the sequence.
       segment_ids: of the whole sequence in its own order, [B, T], the same on every device.
-      is_causal, scale, local_window_size, logits_soft_cap, implementation: as in `dot_product_attention`.
+      is_causal, scale, local_window_size, logits_soft_cap, sinks, implementation: as in `dot_product_attention`.
 
     Returns:
       [B, T/R, N, H].
@@ -61,8 +73,8 @@ def ring_attention_shard(
     options = _Options(axis_name, balanced, is_causal, local_window_size, attention)
     chunk = _turns_here(options, q.shape[1], None).chunk
     if (reach := halo_reach(chunk, is_causal=is_causal, window=local_window_size)) is not None:
-        return _halo(options, reach, q, k, v, segment_ids)
-    return _ring(options, q, k, v, segment_ids)
+        return _halo(options, reach, q, k, v, segment_ids, sinks)
+    return _ring(options, q, k, v, segment_ids, None if sinks is None else varying_like(sinks, q))
 
 
 def halo_reach(chunk: int, *, is_causal: bool, window: Window) -> int | None:
@@ -220,11 +232,11 @@ def _turns_here(options: _Options, held: int, segment_ids: Array | None) -> _Tur
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _ring(options: _Options, q: Array, k: Array, v: Array, segment_ids: Array | None) -> Array:
-    return _ring_fwd(options, q, k, v, segment_ids)[0]
+def _ring(options: _Options, q: Array, k: Array, v: Array, segment_ids: Array | None, sinks: Array | None) -> Array:
+    return _ring_fwd(options, q, k, v, segment_ids, sinks)[0]
 
 
-def _ring_fwd(options: _Options, q: Array, k: Array, v: Array, segment_ids: Array | None):
+def _ring_fwd(options: _Options, q: Array, k: Array, v: Array, segment_ids: Array | None, sinks: Array | None):
     turns = _turns_here(options, q.shape[1], segment_ids)
     whole = turns.whole()
 
@@ -243,11 +255,14 @@ def _ring_fwd(options: _Options, q: Array, k: Array, v: Array, segment_ids: Arra
     (sums, kv), _ = lax.scan(one_turn, ((out, lse), (k, v)), jnp.arange(turns.size - 1))
     out, lse = add(turns.size - 1, sums, *kv)  # the last keys go no further
     out = out.astype(q.dtype)
-    return out, (q, k, v, segment_ids, out, lse)
+    if sinks is not None:  # after the merge, and once; to the backward it is keys that came from elsewhere
+        out, lse = with_sinks(out, lse, sinks)
+    return out, (q, k, v, segment_ids, sinks, out, lse)
 
 
 def _ring_bwd(options: _Options, saved, d_out: Array):
-    q, k, v, segment_ids, out, lse = saved
+    q, k, v, segment_ids, sinks, out, lse = saved
+    d_sinks = None if sinks is None else sinks_gradient(out, lse, d_out, sinks)
     turns = _turns_here(options, q.shape[1], segment_ids)
     whole = turns.whole()
     wide = jnp.promote_types(q.dtype, jnp.float32)
@@ -262,13 +277,13 @@ def _ring_bwd(options: _Options, saved, d_out: Array):
     here = lax.axis_index(options.axis)
     zeros = lambda x: varying_like(jnp.zeros(x.shape, wide), q, k, v, d_out, here)  # noqa: E731
     (dq, _, (dk, dv)), _ = lax.scan(one_turn, (zeros(q), (k, v), (zeros(k), zeros(v))), jnp.arange(turns.size))
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, d_sinks
 
 
 _ring.defvjp(_ring_fwd, _ring_bwd)
 
 
-def _halo(options: _Options, reach: int, q: Array, k: Array, v: Array, segment_ids: Array | None) -> Array:
+def _halo(options: _Options, reach: int, q: Array, k: Array, v: Array, segment_ids: Array | None, sinks: Array | None) -> Array:
     """Attention with a window to the left: to each chunk come only the `reach` keys before it, from the device that holds them.
 
     The chunks are sequences of a batch. Without documents, where cuDNN is what runs, so that it can: `_square_halo`.
@@ -277,7 +292,7 @@ def _halo(options: _Options, reach: int, q: Array, k: Array, v: Array, segment_i
     B, chunk, starts = q.shape[0], turns.chunk, turns.my_starts()
     q, k, v = (x.reshape(B, turns.pieces, chunk, *x.shape[2:]) for x in (q, k, v))
     k, v = (jnp.concatenate([turns.before(x, reach), x], axis=2) for x in (k, v))
-    if segment_ids is None and _halo_by_cudnn(options, reach, q):
+    if segment_ids is None and sinks is None and _halo_by_cudnn(options, reach, q):
         return _square_halo(options, reach, starts == 0, q, k, v).reshape(B, -1, *q.shape[3:])
     ids = jnp.zeros((B, turns.size * turns.pieces * chunk), jnp.int32) if turns.ids is None else turns.ids
     nothing = jnp.iinfo(jnp.int32).min  # before the sequence's first token stands what no query sees
@@ -290,12 +305,12 @@ def _halo(options: _Options, reach: int, q: Array, k: Array, v: Array, segment_i
         segment_ids=(_joined(behind[:, :, reach:]), _joined(behind)),
         shift=jnp.int32(reach),
     )
-    out, _ = attend(_joined(q), _joined(k), _joined(v), mask, options.attention._replace(residual=False))
+    out, _ = attend(_joined(q), _joined(k), _joined(v), mask, options.attention._replace(residual=False), sinks)
     return out.reshape(B, -1, *out.shape[2:])
 
 
 def _halo_by_cudnn(options: _Options, reach: int, q: Array) -> bool:
-    chosen = _resolve(q, _square_mask(options, reach, q.shape[2]), options.attention._replace(residual=False))
+    chosen = resolve(q, _square_mask(options, reach, q.shape[2]), options.attention._replace(residual=False))
     return chosen == "cudnn"
 
 

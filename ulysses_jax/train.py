@@ -72,7 +72,7 @@ def build(config: TrainConfig, mesh: Mesh) -> Program:
         raise ValueError(f"the mesh is {dict(mesh.shape)}, but the config says {said}; make it with make_mesh({said}).")
 
     ring = RING if RING in mesh.shape else None
-    attention = ShardAttention(implementation=config.implementation, ring_axis=ring, balanced=ring is not None)
+    attention = ShardAttention(implementation=config.implementation, ring_axis=ring, balanced=config.balanced)
     graph = nnx.split(nnx.eval_shape(lambda: _create(config, attention)))[0]
     optimizer, schedule = make_optimizer(config.optimizer, config.steps)
     on_host = config.memory.offload_optimizer
@@ -357,7 +357,7 @@ def _loop(program, step, state, first, packing, corpus, checkpoints, report, sto
     kind = program.mesh.devices.flat[0].device_kind
     since, at, ahead, pairs = time.perf_counter(), first, None, 0
     for i, batch in zip(range(first + 1, config.steps + 1), read_ahead(packing, range(first, config.steps)), strict=True):
-        state, metrics = step(state, place(batch, program.mesh))
+        state, metrics = step(state, place(batch, program.mesh, balanced=config.balanced))
         pairs += costs.seen_pairs(batch["positions"], is_causal=config.model.is_causal, window=config.model.local_window_size)
         jax.block_until_ready(ahead)  # one step runs while the next is prepared, never more
         ahead = metrics["loss"]
@@ -397,7 +397,7 @@ def evaluate(program: Program, params: Tree, corpus: Corpus) -> dict[str, float]
             if i * config.data.batch_size + j >= packing.rows:
                 batch["weights"][j] = 0
         byte_labels += float(((batch["labels"] < END) * batch["weights"]).sum())
-        summed, count = program.evaluate(params, place(batch, program.mesh))
+        summed, count = program.evaluate(params, place(batch, program.mesh, balanced=config.balanced))
         loss, labels = loss + float(summed), labels + float(count)
     result = {"eval_loss": loss / max(labels, 1)}
     if corpus.is_bytes and config.model.is_causal:
@@ -481,7 +481,7 @@ def _local_loss(config: TrainConfig, model: Transformer, batch: dict[str, Array]
             local_window_size=None if window is None else (window, 0 if config.model.is_causal else window),
             segment_ids=ids,
         )
-    elif ids is not None:  # each turn of the ring makes masks of its own, from ids in the sequence's order
+    elif ids is not None and config.balanced:  # each turn makes masks of its own, from ids in the sequence's order
         ids = ids[:, np.argsort(token_order(config.data.seq_len, ring))]
     features = model.features(
         batch["tokens"], positions=batch["positions"], mask=mask, segment_ids=ids if mask is None else None

@@ -21,7 +21,7 @@ global arrays; `flax_layers.attention_fn` dresses it for Flax's attention layers
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,7 @@ from ulysses_jax.attention import (
     check_heads,
     check_mask,
     check_options,
+    check_sinks,
     dot_product_attention,
     in_words,
     make_mask,
@@ -128,6 +129,7 @@ def ulysses_attention_shard(
     segment_ids: Segments = None,
     logits_soft_cap: float | None = None,
     block_mask: BlockMask | None = None,
+    sinks: Array | None = None,
     mask: Mask | None = None,
     implementation: str | None = None,
     deterministic: bool = False,
@@ -150,6 +152,8 @@ def ulysses_attention_shard(
         all layers.
       block_mask: for the whole sequence, with one layout, or one for each of the N heads of q here; each device takes those of
         the heads it is dealt.
+      sinks: [N] float32, or [P, n] where q is [P, B, T/P, n, H], the same on every device of the axis; see
+        `dot_product_attention`. Each device takes those of the heads it is dealt.
       mask: a `make_mask` result for the whole sequence.
       length: T, or (T, S), where P does not divide them and the last devices' parts are padded; pads are cut off before
         attention, and come out as zeros.
@@ -175,10 +179,14 @@ def ulysses_attention_shard(
         heads = (dealing.queries, dealing.keys, dealing.keys)
         q, k, v = (group_heads(take_heads(x, dealt), degree) for x, dealt in zip((q, k, v), heads, strict=True))
     q_all, k_all, v_all = (grouped_seq_to_heads(x, axis_name)[:, :size] for x, size in ((q, T), (k, S), (v, S)))
-    options = {"is_causal": is_causal, "scale": scale, "local_window_size": local_window_size}
+    options: dict[str, Any] = {"is_causal": is_causal, "scale": scale, "local_window_size": local_window_size}
     options |= {"logits_soft_cap": logits_soft_cap, "implementation": implementation}
+    slots = tuple(range(degree * q.shape[3])) if dealing is None else dealing.queries
+    if sinks is not None:
+        given = ((degree, q.shape[3]), "[P, n]") if dealing is None else ((plain[0].shape[2],), "[N]")
+        check_sinks(sinks, *given)
+        options["sinks"] = jnp.asarray(sinks).reshape(-1)[_my_slots(slots, axis_name)]
     if ring_axis is None:
-        slots = tuple(range(degree * q.shape[3])) if dealing is None else dealing.queries
         if block_mask is not None:
             check_block_mask(block_mask, T, S, plain[0].shape[2] if dealing else len(slots))
             block_mask = _of_my_heads(block_mask, slots, axis_name)
@@ -222,6 +230,7 @@ def ulysses_attention(
     segment_ids: Segments = None,
     logits_soft_cap: float | None = None,
     block_mask: BlockMask | None = None,
+    sinks: Array | None = None,
     mask: Mask | None = None,
     implementation: str | None = None,
     deterministic: bool = False,
@@ -244,6 +253,7 @@ def ulysses_attention(
       head_axis: an axis that already divides N and K (tensor parallelism), if any.
       segment_ids: [B, T], or ([B, T], [B, S]).
       block_mask: a `BlockMask`, one layout for all heads or one for each of the N; see `dot_product_attention`.
+      sinks: [N] float32, a logit for each query head; see `dot_product_attention`.
       mask: a `make_mask` result, in place of `is_causal`, `local_window_size`, `segment_ids` and `block_mask`.
       ring_axis: a second axis that divides T, for degrees beyond the head count; see `ulysses_attention_shard`. T must be a
         multiple of what it and `seq_axis` divide it into.
@@ -272,6 +282,8 @@ def ulysses_attention(
         check_mask(ids, q.shape[0], q.shape[1], k.shape[1], q.shape[2])
     if block_mask is not None:
         check_block_mask(block_mask, q.shape[1], k.shape[1], q.shape[2])
+    if sinks is not None:
+        check_sinks(sinks, (q.shape[2],))
     if mask is not None:
         check_mask(mask, q.shape[0], q.shape[1], k.shape[1], q.shape[2])
 
@@ -293,7 +305,8 @@ def ulysses_attention(
     q, k, v = (_place(x, mesh, layout.given(x)) for x in (q, k, v))
     masks = segment_ids, block_mask, mask
     masks = jax.tree.map(lambda x, spec: _place(x, mesh, spec), masks, layout.masks(*masks))
-    return _on_mesh(q, k, v, *masks, layout=layout, options=tuple(options.items()))
+    sinks = None if sinks is None else _place(sinks, mesh, layout.per_head)
+    return _on_mesh(q, k, v, sinks, *masks, layout=layout, options=tuple(options.items()))
 
 
 class _Layout(NamedTuple):
@@ -313,6 +326,10 @@ class _Layout(NamedTuple):
         return PartitionSpec(self.batch)
 
     @property
+    def per_head(self) -> PartitionSpec:
+        return PartitionSpec(self.heads)
+
+    @property
     def devices(self) -> int:
         """How many parts a sequence has."""
         return axes_size(self.mesh, self.sequence if isinstance(self.sequence, tuple) else (self.sequence,))
@@ -325,7 +342,7 @@ class _Layout(NamedTuple):
 
         def of_blocks(blocks: BlockMask | None):
             alike = blocks is None or blocks.layout.shape[0] == 1
-            return jax.tree.map(lambda _: PartitionSpec(None if alike else self.heads), blocks)
+            return jax.tree.map(lambda _: PartitionSpec() if alike else self.per_head, blocks)
 
         of_mask = of(mask) if mask is None else dataclasses.replace(of(mask), blocks=of_blocks(mask.blocks))
         return of(segment_ids), of_blocks(block_mask), of_mask
@@ -336,19 +353,20 @@ class _Layout(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "options"))
-def _on_mesh(q, k, v, segment_ids, block_mask, mask, *, layout: _Layout, options: tuple) -> Array:
+def _on_mesh(q, k, v, sinks, segment_ids, block_mask, mask, *, layout: _Layout, options: tuple) -> Array:
     """The core over global arrays, compiled so that a call outside `jit` runs as one program too."""
     parts = layout.devices
     padded = [jnp.pad(x, ((0, 0), (0, -x.shape[1] % parts), (0, 0), (0, 0))) if x.shape[1] % parts else x for x in (q, k, v)]
     q_parts, k_parts, v_parts = (_place(x, layout.mesh, layout.tokens) for x in padded)
 
-    def attend(q, k, v, segment_ids, block_mask, mask) -> Array:
-        return ulysses_attention_shard(q, k, v, segment_ids=segment_ids, block_mask=block_mask, mask=mask, **dict(options))
+    def attend(q, k, v, sinks, segment_ids, block_mask, mask) -> Array:
+        masks = {"segment_ids": segment_ids, "block_mask": block_mask, "mask": mask}
+        return ulysses_attention_shard(q, k, v, sinks=sinks, **masks, **dict(options))
 
     masks = segment_ids, block_mask, mask
-    in_specs = (layout.tokens, layout.tokens, layout.tokens, *layout.masks(*masks))
+    in_specs = (layout.tokens, layout.tokens, layout.tokens, layout.per_head, *layout.masks(*masks))
     on_shards = jax.shard_map(attend, mesh=layout.mesh, in_specs=in_specs, out_specs=layout.tokens)
-    out = on_shards(q_parts, k_parts, v_parts, *masks)
+    out = on_shards(q_parts, k_parts, v_parts, sinks, *masks)
     if q.shape[1] % parts == 0:
         return out
     return _place(out, layout.mesh, layout.given(q))[:, : q.shape[1]]
@@ -515,8 +533,12 @@ def _of_my_heads(blocks: BlockMask, slots: tuple[int, ...], axis_name: str) -> B
     """The layouts of the heads that this device is dealt, `slots` of all devices; one layout for all heads as it is."""
     if blocks.layout.shape[0] == 1:
         return blocks
-    mine = jnp.asarray(slots).reshape(_degree(axis_name), -1)[lax.axis_index(axis_name)]
-    return BlockMask(jnp.asarray(blocks.layout)[mine], blocks.block)
+    return BlockMask(jnp.asarray(blocks.layout)[_my_slots(slots, axis_name)], blocks.block)
+
+
+def _my_slots(slots: tuple[int, ...], axis_name: str) -> Array:
+    """The heads that this device is dealt, of the `slots` of all devices."""
+    return jnp.asarray(slots).reshape(_degree(axis_name), -1)[lax.axis_index(axis_name)]
 
 
 def _whole_ids(ids: Array, local_length: int, length: int, axis_name: str) -> Array:

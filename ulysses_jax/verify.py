@@ -63,7 +63,7 @@ def verify(config: TrainConfig, mesh: Mesh) -> Verdict:
     params = one.init()["params"]
     loss, grads, _ = one.gradients(params, place(batch, one.mesh))
     placed = jax.tree.map(lambda x, like: jax.device_put(np.asarray(x), like.sharding), params, many.abstract["params"])
-    mesh_loss, mesh_grads, _ = many.gradients(placed, place(batch, mesh))
+    mesh_loss, mesh_grads, _ = many.gradients(placed, place(batch, mesh, balanced=small.balanced))
     found = _named(mesh_grads)
     errors = {name: _relative_error(found[name], ref) for name, ref in _named(grads).items()}
     crossings = ledger(many.step.lower(many.abstract, batch_shapes(small, mesh)).compile().as_text() or "", mesh)

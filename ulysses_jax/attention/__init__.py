@@ -28,6 +28,7 @@ from ulysses_jax.attention.masks import (
 )
 from ulysses_jax.attention.reference import reference_attention
 from ulysses_jax.attention.sparse import bigbird_blocks, fixed_blocks, longformer_blocks
+from ulysses_jax.attention.splash import splash_attention, splash_lacks
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -44,6 +45,7 @@ __all__ = [
     "check_mask",
     "check_options",
     "check_platform",
+    "check_sinks",
     "dot_product_attention",
     "fixed_blocks",
     "in_words",
@@ -51,11 +53,16 @@ __all__ = [
     "make_mask",
     "normalize_window",
     "pair_of_ids",
+    "resolve",
+    "sinks_gradient",
     "take_heads",
+    "with_sinks",
 ]
 
-IMPLEMENTATIONS = ("pallas", "cudnn", "xla", "reference")
+IMPLEMENTATIONS = ("pallas", "cudnn", "splash", "xla", "reference")
 HOPPER = ("H100", "H200", "H800", "H20", "GH200")  # in the device kind of what has sm90
+BLACKWELL = ("B100", "B200", "B300", "GB10", "RTX PRO", "RTX 5060", "RTX 5070", "RTX 5080", "RTX 5090")  # … sm100 or more
+OTHERS = ("Tesla", "Quadro", "TITAN", "GTX", "RTX 2060", "RTX 2070", "RTX 2080", "T4", "V100", "P100", "AMD")  # … not even sm80
 _log = logging.getLogger(__name__)
 
 
@@ -70,6 +77,7 @@ def dot_product_attention(
     segment_ids: Segments = None,
     logits_soft_cap: float | None = None,
     block_mask: BlockMask | None = None,
+    sinks: Array | None = None,
     mask: Mask | None = None,
     implementation: str | None = None,
     deterministic: bool = False,
@@ -89,11 +97,15 @@ def dot_product_attention(
       segment_ids: [B, T], or ([B, T], [B, S]); a query sees only keys of its own id (packed documents).
       logits_soft_cap: c in c · tanh(logits / c), applied before masking (Gemma 2).
       block_mask: a `BlockMask`, one layout for all heads or one for each: a query sees only the blocks of keys it names.
+      sinks: [N] float32, a learned logit a_n for each query head, as of a key that all queries see and whose value is zero: the
+        softmax divides by exp(a_n) + Σ_s exp(logit_s) (gpt-oss; cf. arXiv 2309.17453). It is neither scaled nor capped.
       mask: a `make_mask` result, in place of `is_causal`, `local_window_size`, `segment_ids` and `block_mask`.
       implementation: "xla" (any device, memory linear in T), "pallas" (our kernel for Hopper GPUs; elsewhere the best there
-        is), "cudnn" (NVIDIA, 16-bit), "reference" (the float32 oracle), or None to choose by the hardware.
+        is), "cudnn" (NVIDIA from sm80 on, 16-bit), "splash" (jax's kernel for TPUs, tested in its interpreter alone),
+        "reference" (the float32 oracle), or None to choose by the hardware.
       deterministic: the backward gives the same bits every time.
-      return_residual: also return the log-sum-exp of the logits, [B, N, T], natural log, float32, differentiable.
+      return_residual: also return the log-sum-exp of the logits, the sink's among them, [B, N, T], natural log, float32,
+        differentiable.
 
     Returns:
       [B, T, N, H] in q's dtype. A query that sees no key gives zeros.
@@ -118,10 +130,12 @@ def dot_product_attention(
     elif isinstance(mask, Mask) and block_mask is not None:
         raise ValueError("mask was given together with block_mask; put it into make_mask.")
     check_mask(mask, q.shape[0], q.shape[1], k.shape[1], q.shape[2])
+    if sinks is not None:
+        check_sinks(sinks, (q.shape[2],))
     options = Options(
         float(q.shape[-1] ** -0.5) if scale is None else scale, logits_soft_cap, implementation, deterministic, return_residual
     )
-    out, lse = attend(q, k, v, mask, options)
+    out, lse = attend(q, k, v, mask, options, sinks)
     return (out, cast(Array, lse)) if return_residual else out
 
 
@@ -135,25 +149,41 @@ class Options(NamedTuple):
     residual: bool = False
 
 
-def attend(q: Array, k: Array, v: Array, mask: Mask, options: Options) -> tuple[Array, Array | None]:
+def attend(
+    q: Array, k: Array, v: Array, mask: Mask, options: Options, sinks: Array | None = None
+) -> tuple[Array, Array | None]:
     """`dot_product_attention` past its checks: (out, log-sum-exp, which is None where not asked for and not to be had)."""
-    match _resolve(q, mask, options):
+    sizes = {"scale": options.scale, "logits_soft_cap": options.logits_soft_cap}
+    match resolve(q, mask, options, sinks is not None):
         case "xla":
-            return blocked_attention(q, k, v, mask, scale=options.scale, logits_soft_cap=options.logits_soft_cap)
+            out, lse = blocked_attention(q, k, v, mask, **sizes)
         case "reference":
-            return reference_attention(q, k, v, mask, scale=options.scale, logits_soft_cap=options.logits_soft_cap)
+            return reference_attention(q, k, v, mask, sinks=sinks, **sizes)
         case "pallas":
-            return hopper_attention(
-                q,
-                k,
-                v,
-                mask,
-                scale=options.scale,
-                logits_soft_cap=options.logits_soft_cap,
-                deterministic=options.deterministic,
-            )
+            out, lse = hopper_attention(q, k, v, mask, deterministic=options.deterministic, **sizes)
+        case "splash":
+            return splash_attention(q, k, v, mask, sinks=sinks, **sizes), None
         case _:
             return _cudnn(q, k, v, mask, options.scale), None
+    return (out, lse) if sinks is None else with_sinks(out, lse, sinks)
+
+
+def with_sinks(out: Array, lse: Array, sinks: Array) -> tuple[Array, Array]:
+    """Attention whose softmax has one more logit a head, a_n, of a value of zero, from (out, lse) without it.
+
+        out · σ(lse − a),     log(exp lse + exp a)
+
+    out [B, T, N, H] and lse [B, N, T], differentiable in all three; sinks [N]. A query that sees no key gives zeros.
+    """
+    logit = sinks.astype(lse.dtype)[:, None]
+    share = jax.nn.sigmoid(jnp.where(lse == -jnp.inf, 0, lse) - logit)  # of what is zero any share will do; of −inf − a none
+    return (out * share.swapaxes(1, 2)[..., None]).astype(out.dtype), jnp.logaddexp(lse, logit)
+
+
+def sinks_gradient(out: Array, lse: Array, d_out: Array, sinks: Array) -> Array:
+    """[N], the gradient of the sinks where `out` and `lse` are those of `with_sinks`: −Σ_bt exp(a − lse) Σ_h dO ∘ O."""
+    delta = jnp.einsum("btnh,btnh->bnt", d_out.astype(lse.dtype), out.astype(lse.dtype))
+    return -(jnp.exp(sinks.astype(lse.dtype)[:, None] - lse) * delta).sum((0, 2)).astype(sinks.dtype)
 
 
 def attend_backward(
@@ -161,10 +191,11 @@ def attend_backward(
 ) -> tuple[Array, Array, Array]:
     """The share of these keys in (dQ, dK, dV), where `out` and `lse` come from more keys than these.
 
-    For attention whose keys arrive piece by piece (`ring.py`). "reference" has no backward of its own and uses that of "xla".
+    For attention whose keys arrive piece by piece (`ring.py`); a sink is one more key. "reference" has no backward of its own
+    and uses that of "xla".
     """
     sizes = {"scale": options.scale, "logits_soft_cap": options.logits_soft_cap}
-    if _resolve(q, mask, options) == "pallas":
+    if resolve(q, mask, options) == "pallas":
         return hopper_attention_backward(q, k, v, mask, out, lse, d_out, deterministic=options.deterministic, **sizes)
     return blocked_attention_backward(q, k, v, mask, out, lse, d_out, **sizes)
 
@@ -267,41 +298,60 @@ def check_mask(mask: Mask, batch: int, query_length: int, key_length: int, heads
         check_block_mask(mask.blocks, query_length, key_length, heads)
 
 
+def check_sinks(sinks: Array, shape: tuple[int, ...], letters: str = "[N]") -> None:
+    """Refuse sinks that are not one float32 logit a query head.
+
+    Raises:
+      ValueError: naming what they are and what they must be.
+    """
+    if not isinstance(sinks, Array | np.ndarray) or sinks.shape != shape or sinks.dtype != jnp.float32:
+        raise ValueError(
+            f"sinks is {in_words(sinks)}; it must be float32{list(shape)}, {letters}: one logit for each query head. Cast it "
+            "with jnp.asarray(sinks, jnp.float32), or leave it out for none."
+        )
+
+
 def check_platform(implementation: str | None, platform: str) -> None:
     """Refuse an implementation that the devices of a platform cannot run.
 
     Raises:
-      ValueError: "cudnn" without an NVIDIA GPU.
+      ValueError: "cudnn" without an NVIDIA GPU, "splash" without a TPU.
     """
     if implementation == "cudnn" and platform not in ("gpu", "cuda"):
         raise ValueError(f"implementation='cudnn' needs an NVIDIA GPU, but the devices are {platform!r}; use 'xla'.")
+    if implementation == "splash" and platform != "tpu":
+        raise ValueError(f"implementation='splash' needs a TPU, but the devices are {platform!r}; use 'xla'.")
 
 
-def _resolve(q: Array, mask: Mask, options: Options) -> str:
+def resolve(q: Array, mask: Mask, options: Options, sinks: bool = False) -> str:
     """The implementation that runs: the one named, where the devices have it, or the best they have.
 
-    Unnamed, on Hopper: "pallas" for heads of 128, where a training step is faster by it, and for what cuDNN lacks. Elsewhere
-    "cudnn" where it can do what is asked, else "xla" (`experiments/results/`, train_1p2b_2gpu and kernel_speed).
+    Unnamed, on Hopper: "pallas" for heads of 128, where a training step is faster by it, and for what cuDNN lacks. On other
+    GPUs "cudnn", on TPUs "splash", where they can do what is asked, else "xla" (`experiments/results/`, train_1p2b_2gpu and
+    kernel_speed). What is chosen, and why it is not what was to be had at best, is logged once.
     """
     platform, kind = _device()
     named, hopper = options.implementation, any(name in kind for name in HOPPER)
     if named in ("xla", "reference"):
         return named
-    lacking, hopper_lacking = _cudnn_lacks(q, mask, options), hopper_lacks(q, mask, options.scale)
-    if named == "cudnn":
-        if lacking:
-            raise NotImplementedError(f"implementation='cudnn' cannot do {lacking}; use implementation='xla'.")
+    lacks = {
+        "cudnn": _cudnn_lacks(q, mask, options, kind, sinks),
+        "pallas": hopper_lacks(q, mask, options.scale),
+        "splash": splash_lacks(q, mask, residual=options.residual),
+    }
+    if named is not None and (named != "pallas" or hopper):
+        if lacks[named]:
+            raise NotImplementedError(f"implementation={named!r} cannot do {lacks[named]}; use implementation='xla'.")
         check_platform(named, platform)
         return named
-    if named == "pallas" and hopper:
-        if hopper_lacking:
-            raise NotImplementedError(f"implementation='pallas' cannot do {hopper_lacking}; use implementation='xla'.")
-        return named
-    if hopper and hopper_lacking is None and (lacking or q.shape[-1] == 128):
-        chosen = "pallas"
+    if hopper and lacks["pallas"] is None and (lacks["cudnn"] or q.shape[-1] == 128):
+        chosen, why = "pallas", None
     else:
-        chosen = "cudnn" if platform in ("gpu", "cuda") and lacking is None else "xla"
-    _say_once(chosen, kind, named)
+        best = "splash" if platform == "tpu" else "cudnn" if platform in ("gpu", "cuda") else "xla"
+        why = lacks.get(best)
+        chosen = "xla" if why else best
+        why = why and f"{best!r} cannot do {why}"
+    _say_once(chosen, kind, why if named is None else ", and ".join(filter(None, (f"it has no {named!r}", why))))
     return chosen
 
 
@@ -315,17 +365,19 @@ def _device() -> tuple[str, str]:
 
 
 @functools.cache
-def _say_once(chosen: str, kind: str, named: str | None) -> None:
-    lacks = "" if named is None else f", as it has no {named!r}"
-    _log.info("attention on %s uses implementation=%r%s", kind, chosen, lacks)
+def _say_once(chosen: str, kind: str, why: str | None) -> None:
+    _log.info("attention on %s uses implementation=%r%s", kind, chosen, f", as {why}" if why else "")
 
 
-def _cudnn_lacks(q: Array, mask: Mask, options: Options) -> str | None:
+def _cudnn_lacks(q: Array, mask: Mask, options: Options, kind: str, sinks: bool) -> str | None:
     """What cuDNN's fused attention (through jax.nn) cannot do here, in words, or None."""
+    widest = 256 if any(name in kind for name in HOPPER + BLACKWELL) else 128
+    if any(name in kind for name in OTHERS):
+        return f"{kind} (only NVIDIA's from sm80 on, such as A100)"
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"dtype {q.dtype} (only bfloat16 and float16)"
-    if q.shape[-1] % 8 or q.shape[-1] > 256:
-        return f"head size {q.shape[-1]} (only multiples of 8 up to 256)"
+    if q.shape[-1] % 8 or q.shape[-1] > widest:
+        return f"head size {q.shape[-1]} (only multiples of 8 up to {widest} on {kind})"
     if mask.query_length % 2 or mask.key_length % 2:
         return f"lengths {mask.query_length} and {mask.key_length} (only even ones, in its backward)"
     if mask.query_ids is not None:
@@ -340,8 +392,8 @@ def _cudnn_lacks(q: Array, mask: Mask, options: Options) -> str | None:
         return f"local_window_size {mask.window} (its right side must be 0, or is_causal set)"
     if options.deterministic:
         return "a deterministic backward"
-    if options.residual:
-        return "return_residual (its log-sum-exp is 16-bit and has no gradient)"
+    if options.residual or sinks:
+        return f"{'sinks' if sinks else 'return_residual'} (its log-sum-exp is 16-bit and has no gradient)"
     return None
 
 
