@@ -371,8 +371,9 @@ def ring_steps(config: train.TrainConfig, batches: list) -> tuple[list[dict[str,
 @pytest.mark.slow
 @pytest.mark.parametrize(("mask_documents", "window"), [(True, None), (False, None), (True, 5)])
 def test_training_on_a_ring_follows_one_device(mask_documents, window):
-    """Traps 1, 6, 7. Ids left in the mesh's order, or positions made anew on the mesh, break it; so do ids put in the order of a
-    balanced ring where a short window leaves tokens in their own."""
+    """Traps 1, 6, 7. Ids left in the mesh's order, or positions made anew on the mesh, break it; so do ids put in order where a
+    short window leaves tokens in their own.
+    """
     own = tiny(mask_documents=mask_documents)
     own = dataclasses.replace(own, model=dataclasses.replace(own.model, local_window_size=window))
     assert dataclasses.replace(own, mesh=MeshConfig(ring=2, seq=2)).balanced == (window is None)
