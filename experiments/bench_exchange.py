@@ -3,7 +3,7 @@
     python -m experiments.bench_exchange --out experiments/results
     python -m experiments.bench_exchange --tiny --out /tmp/results       # on CPU devices, to see that it runs
 
-Three questions, each answered beside its peer in the same run:
+Any heads and lengths are compared with one device first. Then three questions, each answered beside its peer in the same run:
 - What do the four crossings of a layer (Q, K, V, output) cost on the model's path, permutations included? The projections with
   their crossings less the projections alone, and the crossings of grouped heads alone, against `lax.all_to_all` on the leading
   dim of as many bytes.
@@ -16,6 +16,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -273,19 +274,46 @@ def check(bench: Bench, mesh: Mesh) -> list[dict]:
     return rows
 
 
+def sample(bench: Bench, mesh: Mesh) -> list[dict]:
+    """Any heads and any length, on these devices: the worst relative error of the output and of a gradient, in float32, from
+    plain attention on one device.
+    """
+    rows, P = [], bench.seq
+    for N, K, T in ((7, 1, 1021), (6, 2, 1), (5, 5, max(P - 1, 1)), (28, 4, 509)):
+        for name in ("segments", "window"):
+            q, k, v = (normal(mesh, PartitionSpec(), 1, T, heads, 64).astype(jnp.float32) for heads in (N, K, K))
+            ids = jnp.asarray(np.sort(np.random.default_rng(T).integers(0, 4, (1, T)), axis=1), jnp.int32)
+            options: dict[str, Any] = {"segment_ids": ids} if name == "segments" else {"local_window_size": (100, 20)}
+
+            def run(q, k, v, attend):
+                out, back = jax.vjp(attend, q, k, v)
+                return out, *back(jnp.cos(out))
+
+            there = partial(ulysses_attention, mesh=mesh, implementation="xla", **options)
+            here = partial(dot_product_attention, implementation="reference", **options)
+            with jax.default_matmul_precision("highest"):
+                many, one = (jax.jit(partial(run, attend=attend))(q, k, v) for attend in (there, here))
+            pairs = [(np.asarray(a, np.float64), np.asarray(b, np.float64)) for a, b in zip(many, one, strict=True)]
+            worst = max(float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30)) for a, b in pairs if np.any(b))
+            case = f"attention T={T} N={N} K={K} P={P}, {name}"
+            rows.append(record.row(case, "worst relative error of the output and gradients, float32", "1", worst))
+    return rows
+
+
 def main(bench: Bench) -> None:
     """Time everything and record it."""
     if bench.tiny:
         bench = dataclasses.replace(bench, heads=8, kv_heads=8, implementation="xla", lengths=(128,))
     mesh = make_mesh(seq=bench.seq)
     rows, start = [], time.perf_counter()
-    steps = [(check, None), *((time_layers, T) for T in bench.lengths[:2]), (time_ring, bench.lengths[0])]
+    steps = [(check, None), (sample, None), *((time_layers, T) for T in bench.lengths[:2]), (time_ring, bench.lengths[0])]
     steps += [(time_crossings, T) for T in bench.lengths]
     for step, T in steps:
-        rows += step(bench, mesh) if T is None else step(bench, mesh, T)
+        found = step(bench, mesh) if T is None else step(bench, mesh, T)
+        rows += found
         record.save(bench.name, rows, bench.out)  # what is measured stays, whatever comes
         print(f"{math.floor(time.perf_counter() - start)} s", step.__name__, T, flush=True)
-        for r in rows[-8:]:
+        for r in found:
             print("  ", r["case"], r["metric"], r["ours"], r["peers"], flush=True)
 
 
