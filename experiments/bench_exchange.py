@@ -306,8 +306,8 @@ def main(bench: Bench) -> None:
         bench = dataclasses.replace(bench, heads=8, kv_heads=8, implementation="xla", lengths=(128,))
     mesh = make_mesh(seq=bench.seq)
     rows, start = [], time.perf_counter()
-    steps = [(check, None), (sample, None), *((time_layers, T) for T in bench.lengths[:2]), (time_ring, bench.lengths[0])]
-    steps += [(time_crossings, T) for T in bench.lengths]
+    steps = [(check, None), *((time_layers, T) for T in bench.lengths[:2]), (time_ring, bench.lengths[0])]
+    steps += [*((time_crossings, T) for T in bench.lengths), (sample, None)]
     for step, T in steps:
         found = step(bench, mesh) if T is None else step(bench, mesh, T)
         rows += found

@@ -37,7 +37,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ulysses_jax.attention.blocked import varying_like
 from ulysses_jax.attention.masks import Mask, tile_ranges
-from ulysses_jax.attention.schedule import MULTIPROCESSORS, SHARED_L2, Order, dealt, handfuls, in_order, parts_of_group
+from ulysses_jax.attention.schedule import MULTIPROCESSORS, Order, dealt, handfuls, in_order, parts_of_group
 
 __all__ = ["HEAD_DIMS", "Tiling", "hopper_attention", "hopper_attention_backward", "hopper_lacks"]
 
@@ -304,10 +304,7 @@ def _order_of_queries(mask: Mask, heads: int, tiles: int, key_bytes: int, rows: 
         if heads * tiles >= 8 * MULTIPROCESSORS:
             return handfuls(heads, tiles, key_bytes)
         return Order(in_order(heads, tiles, key_bytes, heaviest_last=True).reshape(-1, 1), known=False)
-    if key_bytes <= SHARED_L2:
-        return dealt(heads, tiles, key_bytes, weights)
-    # Blocks dealt beforehand drift apart, and would read the keys each for itself.
-    return Order(in_order(heads, tiles, key_bytes, heaviest_last=True).reshape(-1, 1), known=True)
+    return dealt(heads, tiles, key_bytes, weights)
 
 
 def _steps_known(mask: Mask, tile: int, step: int, lists) -> tuple[int, ...] | None:
