@@ -51,6 +51,20 @@ def test_sequence_parallelism_that_is_silently_off_is_caught(monkeypatch):
     assert "all-to-alls carry 0 bytes" in faults
 
 
+def test_products_are_as_exact_as_their_operands(monkeypatch):
+    """On GPUs float32 products are TF32's by default, and an honest run differs by 4e-4; a CPU cannot show it. Without the
+    precision of `verify` this fails.
+    """
+    seen = []
+    config = recipes.recipe("demo")
+    monkeypatch.setattr(
+        "ulysses_jax.verify.place", lambda *_, **__: seen.append(jax.config.jax_default_matmul_precision) or 1 / 0
+    )
+    with pytest.raises(ZeroDivisionError):
+        verify(config, make_mesh(**dataclasses.asdict(config.mesh)))
+    assert seen == ["highest"]
+
+
 @pytest.mark.parametrize(("mesh", "axis"), [(MeshConfig(seq=4), "seq"), (MeshConfig(ring=2, seq=2), "ring")])
 def test_a_gather_of_activations_is_caught_and_named(mesh, axis, monkeypatch):
     """Looking at gathers over `seq` alone breaks the ring's."""

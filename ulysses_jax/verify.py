@@ -44,6 +44,7 @@ class Verdict:
     """what is wrong, in words; empty if the mesh computes what one device does"""
 
 
+@jax.default_matmul_precision("highest")  # GPUs would round float32 operands to TF32's 10 bits, each device's in its own sums
 def verify(config: TrainConfig, mesh: Mesh) -> Verdict:
     """Compare a shrunk run of `config` on `mesh` with one device of it.
 
