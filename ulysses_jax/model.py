@@ -70,13 +70,12 @@ class Attention(nnx.Module):
             return self._add(weights, x, y, angles, segment_ids, mask)[1]
         # Where the layer is recomputed as a whole, its chunks keep what the kernel gave then, rather than run it a third time.
         add = jax.checkpoint(self._add, policy=jax.checkpoint_policies.save_only_these_names(*self.keep))
-        heads = {"out": -3, "sink_bias": -1}
-        chunks = {name: jnp.split(w, config.head_chunks, axis=heads.get(name, -2)) for name, w in weights.items()}
-        before = y
+        heads, before = {"out": -3, "sink_bias": -1}, y
         for i in range(config.head_chunks):
-            own = {name: chunk[i] for name, chunk in chunks.items()}
-            # One chunk may cross while another is attended to; a third waits. So do their gradients, the other way around.
-            x, before, own = lax.optimization_barrier((x, before, own))
+            # One chunk may cross while another is attended to; a third waits. So do their gradients, the other way around. And
+            # so do slices of the weights, and their gradients', of which one chunk's are held then and not all.
+            x, before, weights = lax.optimization_barrier((x, before, weights))
+            own = {name: _part(w, i, config.head_chunks, axis=heads.get(name, -2)) for name, w in weights.items()}
             x, y, before = *add(own, x, y, angles, segment_ids, mask), y
         return y
 
@@ -152,6 +151,11 @@ def _each_group(equation: str, x: Array, y: Array) -> Array:
         return jnp.einsum(f"g{equation}", jnp.broadcast_to(x, (copies, *x.shape)), y)
 
     return lax.platform_dependent(x, y, cuda=batch, default=functools.partial(jnp.einsum, equation))
+
+
+def _part(w: Array, i: int, parts: int, *, axis: int) -> Array:
+    size = w.shape[axis] // parts
+    return lax.slice_in_dim(w, i * size, (i + 1) * size, axis=axis % w.ndim)
 
 
 def _flat(y: Array) -> Array:
