@@ -58,9 +58,13 @@ def by_kind(events: list[dict]) -> dict[str, float]:
     return dict(max(seconds.values(), key=lambda counter: sum(counter.values())).most_common()) if seconds else {}
 
 
-def exposed(events: list[dict]) -> tuple[float, float]:
-    """(seconds in which only communication ran, seconds from the first kernel to the last), of the device with most of it."""
-    worst = 0.0, 0.0
+def exposed(events: list[dict]) -> dict[str, tuple[float, float]]:
+    """(seconds in which only communication ran, seconds from the first kernel to the last) of two devices.
+
+    "slowest" is the one that computes longest: the others wait for it, and their waiting shows as communication too, though a
+    faster link would not shorten it. "waiting longest" is the one with most of it.
+    """
+    found = []
     for pid in {event["pid"] for event in events}:
         mine = [e for e in events if e["pid"] == pid]
         spans = {True: [], False: []}
@@ -69,8 +73,8 @@ def exposed(events: list[dict]) -> tuple[float, float]:
         talking, working = (_union(spans[flag]) for flag in (True, False))
         alone = _length(talking) - _length(_overlap(talking, working))
         whole = max(e["ts"] + e["dur"] for e in mine) - min(e["ts"] for e in mine)
-        worst = max(worst, (alone / 1e6, whole / 1e6))
-    return worst
+        found.append((_length(working), alone / 1e6, whole / 1e6))
+    return {"slowest": max(found)[1:], "waiting longest": max(found, key=lambda device: device[1])[1:]}
 
 
 def _union(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -114,12 +118,12 @@ def longest(events: list[dict], count: int = 30) -> list[tuple[str, int, float]]
 def main(profile: Profile) -> None:
     """Read a profile and record it."""
     events = read(profile.folder)
-    alone, whole = exposed(events)
     rows = [record.row(profile.case, f"{kind}, busiest device", "s", value) for kind, value in by_kind(events).items()]
-    rows.append(record.row(profile.case, "only communication ran", "s", alone))
-    rows.append(record.row(profile.case, "first kernel to last", "s", whole))
-    rows.append(record.row(profile.case, "exposed communication", "share of the step", alone / whole))
-    print(*(f"{row['metric']:32} {row['ours']:.4f} {row['unit']}" for row in rows), sep="\n")
+    for which, (alone, whole) in exposed(events).items():
+        rows.append(record.row(profile.case, f"only communication ran, device {which}", "s", alone))
+        rows.append(record.row(profile.case, f"first kernel to last, device {which}", "s", whole))
+        rows.append(record.row(profile.case, f"exposed communication, device {which}", "share of the step", alone / whole))
+    print(*(f"{row['metric']:52} {row['ours']:.4f} {row['unit']}" for row in rows), sep="\n")
     print(*(f"{seconds * 1e3:9.2f} ms {runs:6d} × {name[:130]}" for name, runs, seconds in longest(events)), sep="\n")
     record.save(profile.name, rows, profile.out)
 
