@@ -263,6 +263,25 @@ def test_items_are_the_tiles_of_each_head_of_each_sequence_with_their_steps(name
         assert [index for index, _ in found] == list(range(tiles)) if known else sorted(found, key=lambda x: x[1]) == found
 
 
+@pytest.mark.parametrize("step", [64, 128])
+@pytest.mark.parametrize(
+    ("T", "S", "options"),
+    [
+        (1000, 1000, {"is_causal": True}),
+        (1000, 700, {}),
+        (1000, 300, {"is_causal": True, "local_window_size": (200, 9)}),
+        (700, 1000, {"local_window_size": (70, 250)}),
+        (1000, 1000, {"is_causal": True, "block_mask": BlockMask(np.random.default_rng(1).random((3, 8, 8)) < 0.5, 128)}),
+    ],
+)
+def test_steps_known_before_compiling_are_those_that_are_walked(T, S, options: dict[str, Any], step):
+    """A right side of the window that counts in a causal mask, or the first head's lists for all, breaks it."""
+    mask = make_mask(T, S, **options)
+    live, _ = mask.tile_tables(128, step)
+    steps = hopper._steps_known(mask, 128, step, hopper._key_lists(mask, 128, step))
+    np.testing.assert_array_equal(np.asarray(steps), np.maximum(np.asarray(live).sum(3), 1).ravel())
+
+
 def test_ids_that_come_back_give_nan_and_not_a_wrong_answer():
     ids = jnp.asarray(np.repeat([1, 2, 1], [40, 50, 38])[None], jnp.int32)
     mask = make_mask(128, segment_ids=ids)
