@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec
 
 from tests.oracles import Case, attention, attention_gradients, dense_mask, errors_beyond
-from ulysses_jax.attention import hopper
+from ulysses_jax.attention import hopper, schedule
 from ulysses_jax.attention.hopper import HEAD_DIMS, hopper_attention
 from ulysses_jax.attention.masks import BlockMask, make_mask, tile_ranges
 from ulysses_jax.attention.reference import reference_attention
@@ -35,6 +35,7 @@ INTERPRETED = {
     "dead_rows": (Case(B=1, T=130, S=30, N=1, H=64, local_window_size=(20, 5)), False),
     "blocks": (Case(B=1, T=400, N=2, K=1, H=64, is_causal=True, block=128), False),
     "blocks_a_head": (Case(B=1, T=300, N=2, K=1, H=64, block=128, layouts=2, segments="packed"), False),
+    "parts_of_a_group": (Case(B=1, T=140, N=8, K=2, H=64, block=128, layouts=8), False),
     "halves": (Case(B=1, T=130, N=1, H=128, is_causal=True), False),
     "deterministic": (Case(B=1, T=130, S=200, N=2, K=1, H=128, is_causal=True), True),
     "heads_of_256": (Case(B=1, T=70, N=1, H=256, is_causal=True), False),
@@ -46,8 +47,9 @@ INTERPRETED = {
 def test_interpreted_equals_the_oracle_and_has_no_races(name, monkeypatch):
     """Without `_drain` the interpreter reports barriers left uncompleted; with `columns <= across(end)` the error is beyond."""
     case, deterministic = INTERPRETED[name]
-    if name in ("gqa_window_cap", "blocks"):  # heads that read one KV head walked together, which so few tiles would not be
-        monkeypatch.setattr(hopper, "parts_of_group", lambda group, tiles: 1)
+    # Heads that read one KV head walked together, or in pairs, which so few tiles would not be.
+    if parts := {"gqa_window_cap": 1, "blocks": 1, "parts_of_a_group": 2}.get(name):
+        monkeypatch.setattr(hopper, "parts_of_group", lambda group, tiles: parts)
     arrays = case.arrays("bfloat16")
     mask = make_mask(case.T, case.S or case.T, **case.mask_options())
     scale = case.score_options()["scale"] or case.H**-0.5
@@ -75,16 +77,46 @@ def test_interpreted_equals_the_oracle_and_has_no_races(name, monkeypatch):
     assert not errors_beyond(GRADIENT, gradients, attention_gradients(q, k, v, d_out, d_lse, **options))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("options", [{"is_causal": True}, {"local_window_size": (150, 60)}], ids=str)
-def test_blocks_that_work_off_several_tiles_equal_the_oracle(monkeypatch, options):
-    """Two blocks for the ten tiles of two heads. Freeing the buffer of queries before the output has left it is a race."""
+@pytest.fixture
+def two_multiprocessors(monkeypatch):
+    """In place of 132, so that each block of a small case works off several tiles; gives the orders that are met."""
+    schedules, met, inner = (schedule.in_order, schedule.dealt, schedule.handfuls), [], hopper._order_of_queries
+
+    def order_of_queries(*arguments):
+        met.append(inner(*arguments))
+        return met[-1]
+
+    for cached in schedules:
+        cached.cache_clear()
+    monkeypatch.setattr(schedule, "MULTIPROCESSORS", 2)
     monkeypatch.setattr(hopper, "MULTIPROCESSORS", 2)
-    case = Case(B=1, T=530, N=2, H=64, **options)
+    monkeypatch.setattr(hopper, "_order_of_queries", order_of_queries)
+    yield met
+    for cached in schedules:
+        cached.cache_clear()
+
+
+SEVERAL_TILES = {
+    "causal": (Case(B=1, T=530, N=2, H=64, is_causal=True), True),
+    "window": (Case(B=1, T=530, N=2, H=64, local_window_size=(150, 60)), True),
+    "packed": (Case(B=2, T=530, N=2, K=1, H=64, is_causal=True, segments="packed"), False),
+    "blocks_a_head": (Case(B=1, T=530, N=2, H=64, block=128, layouts=2), True),
+    "packed_blocks_a_head": (Case(B=2, T=530, N=2, H=64, block=128, layouts=2, segments="packed"), False),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SEVERAL_TILES)
+def test_blocks_that_work_off_several_tiles_equal_the_oracle(two_multiprocessors, name):
+    """A buffer of queries filled before it is free is a race."""
+    case, known = SEVERAL_TILES[name]
     q, k, v, *_ = map(jnp.asarray, case.arrays("bfloat16").values())
     mask = make_mask(case.T, **case.mask_options())
     interpret = plgpu.InterpretGPUParams(detect_races=True)
     out, lse = hopper_attention(q, k, v, mask, scale=0.125, interpret=interpret)
+    (order,) = two_multiprocessors
+    assert order.known == known
+    assert order.items.shape[1] > 2
     want = attention(q, k, v, **case.mask_options(), scale=0.125)
     assert not errors_beyond(OUTPUT, {"out": out}, {"out": want["out"]})
     assert not errors_beyond(1e-5, {"lse": lse}, {"lse": want["lse"]})
@@ -184,6 +216,72 @@ def test_the_walk_visits_just_the_live_tiles_and_masks_just_the_partial(T, S, op
         np.testing.assert_array_equal(masked, live & ~full)
 
 
+WALKED = {
+    "packed": Case(B=2, T=1000, N=3, is_causal=True, segments="packed"),
+    "blocks": Case(B=2, T=1000, N=3, block=128, is_causal=True),
+    "blocks_a_head": Case(B=2, T=1000, N=3, block=128, layouts=3),
+    "packed_blocks_a_head": Case(B=2, T=1000, N=3, block=128, layouts=3, segments="packed"),
+}
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("name", WALKED)
+def test_items_are_the_tiles_of_each_head_of_each_sequence_with_their_steps(name, known):
+    """The steps of the first head or sequence for all, or tiles in their own order where steps are not `known`, break it."""
+    case, tile, step = WALKED[name], 128, 64
+    documents = [np.repeat([1, 2, 3], lengths) for lengths in ([90, 710, 200], [500, 150, 350])]
+    ids = None if case.segments is None else jnp.asarray(documents)
+    options: dict[str, Any] = case.mask_options() | {"segment_ids": ids}
+    mask, tiles = make_mask(case.T, **options), -(-case.T // tile)
+    order = schedule.handfuls(case.B * case.N, tiles, 1 << 20)._replace(known=known)
+    lists = hopper._key_lists(mask, tile, step)
+    walk = hopper._Walk.of(mask.live_keys(), tile, step, order, case.N, lists)
+    items, codes = np.asarray(walk.items), np.asarray(walk.lists)
+    live, full = (np.broadcast_to(np.asarray(x), (case.N, case.B, tiles, x.shape[3])) for x in mask.tile_tables(tile, step))
+    met = {}
+    for row, named in zip(items, order.items, strict=True):
+        assert (row[:, 7] == (named >= 0).sum()).all()
+        for (batch, head, index, first, end, *more), nth in zip(row[:, :7].tolist(), named.tolist(), strict=True):
+            if nth < 0:
+                continue
+            here = live[head, batch, index], full[head, batch, index]
+            if lists is None:
+                at = np.arange(len(here[0]))
+                shown = (at >= first) & (at < end), (at >= more[0]) & (at < more[1])
+            else:
+                listed = codes[more[0], : end - first]
+                assert more[1] == codes[more[0], 0]
+                shown = tuple(
+                    np.isin(np.arange(len(here[0])), listed[chosen] // 2) for chosen in (listed >= 0, listed % 2 == 1)
+                )
+            np.testing.assert_array_equal(shown[0], here[0])
+            np.testing.assert_array_equal(shown[1] & here[0], here[1] & here[0])
+            met[batch, head, nth % tiles] = index, end - first
+    assert len(met) == len({(*key[:2], index) for key, (index, _) in met.items()}) == case.B * case.N * tiles
+    for batch, head in np.ndindex(case.B, case.N):
+        found = [met[batch, head, n] for n in range(tiles)]
+        assert [index for index, _ in found] == list(range(tiles)) if known else sorted(found, key=lambda x: x[1]) == found
+
+
+@pytest.mark.parametrize("step", [64, 128])
+@pytest.mark.parametrize(
+    ("T", "S", "options"),
+    [
+        (1000, 1000, {"is_causal": True}),
+        (1000, 700, {}),
+        (1000, 300, {"is_causal": True, "local_window_size": (200, 9)}),
+        (700, 1000, {"local_window_size": (70, 250)}),
+        (1000, 1000, {"is_causal": True, "block_mask": BlockMask(np.random.default_rng(1).random((3, 8, 8)) < 0.5, 128)}),
+    ],
+)
+def test_steps_known_before_compiling_are_those_that_are_walked(T, S, options: dict[str, Any], step):
+    """A right side of the window that counts in a causal mask, or the first head's lists for all, breaks it."""
+    mask = make_mask(T, S, **options)
+    live, _ = mask.tile_tables(128, step)
+    steps = hopper._steps_known(mask, 128, step, hopper._key_lists(mask, 128, step))
+    np.testing.assert_array_equal(np.asarray(steps), np.maximum(np.asarray(live).sum(3), 1).ravel())
+
+
 def test_ids_that_come_back_give_nan_and_not_a_wrong_answer():
     ids = jnp.asarray(np.repeat([1, 2, 1], [40, 50, 38])[None], jnp.int32)
     mask = make_mask(128, segment_ids=ids)
@@ -194,16 +292,23 @@ def test_ids_that_come_back_give_nan_and_not_a_wrong_answer():
     assert np.isnan(np.asarray(out, np.float32)).all()
 
 
+EACH_HEAD = BlockMask(np.random.default_rng(0).random((8, 4, 4)) < 0.5, 128)
+
+
+@pytest.mark.parametrize("block_mask", [None, EACH_HEAD, BlockMask(EACH_HEAD.layout[:1], 128)], ids=["", "each_head", "one"])
 @pytest.mark.parametrize("packed", [False, True])
-def test_chosen_by_name_it_lowers_inside_a_shard_map_for_hopper_and_only_there(packed):
-    """Typing dQ's buffer as varying, or reading loop bounds without computing on them, fails to trace."""
+def test_chosen_by_name_it_lowers_inside_a_shard_map_for_hopper_and_only_there(packed, block_mask):
+    """Typing dQ's buffer as varying, reading loop bounds without computing on them, or making lists of a device's own layouts
+    outside the trace, fails to trace.
+    """
 
     def lowered(kind: str, packed: bool) -> str:
         device = AbstractDevice(device_kind=kind, num_cores=None, platform="gpu")
         mesh = AbstractMesh((2, 4), ("data", "seq"), axis_types=(AxisType.Auto,) * 2, abstract_device=device)
 
         def loss(q, k, v, ids):
-            attend = functools.partial(ulysses_attention_shard, is_causal=True, implementation="pallas")
+            options = {"is_causal": True, "block_mask": block_mask, "implementation": "pallas"}
+            attend = functools.partial(ulysses_attention_shard, **options)
             return attend(q, k, v, segment_ids=ids if packed else None).astype(jnp.float32).sum()[None]
 
         tokens, whole = PartitionSpec("data", "seq"), PartitionSpec("data")

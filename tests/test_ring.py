@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import Array
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec
 
 from tests.oracles import TOLERANCE, Case, dense_mask, errors_beyond, quick_jit
 from tests.trainers import FAST, LENGTH, first_state, hlo, make_batch, take_steps, tiny
@@ -21,7 +22,7 @@ from ulysses_jax.data import place
 from ulysses_jax.mesh import early_chunks, make_mesh, token_order
 from ulysses_jax.plan import Crossing, ledger
 from ulysses_jax.ring import _Options, _Turns, halo_reach, live_tiles
-from ulysses_jax.ulysses import ulysses_attention
+from ulysses_jax.ulysses import ulysses_attention, ulysses_attention_shard
 from ulysses_jax.verify import unplanned
 
 MESHES = [(1, 4, 2), (1, 2, 4), (2, 2, 2), (1, 1, 8)]  # data, seq, ring: chunks of 12, 6, 12 and 3 tokens
@@ -148,6 +149,28 @@ def test_cudnn_by_name_takes_a_halo_without_documents(documents, error):
             balanced=True,
             implementation="cudnn",
         )
+
+
+@pytest.mark.parametrize(("window", "kernels"), [(None, (3, 4)), ((64, 0), (2, 3))])
+def test_a_deterministic_backward_is_that_of_every_turn(window, kernels):
+    """On Hopper it takes one kernel more than a turn's forward, the last turn's and a turn's backward, or than a halo's two.
+    Not handing it on to the ring breaks it.
+    """
+    device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
+    mesh = AbstractMesh((4, 2), ("ring", "seq"), axis_types=(AxisType.Auto,) * 2, abstract_device=device)
+    options: dict[str, Any] = {"is_causal": True, "local_window_size": window, "ring_axis": "ring", "balanced": True}
+
+    def lowered(*, deterministic: bool) -> str:
+        attend = functools.partial(ulysses_attention_shard, deterministic=deterministic, **options)
+        gradient = jax.grad(lambda q: attend(q, q, q).astype(jnp.float32).sum())
+        spec = PartitionSpec(None, ("ring", "seq"))
+        program = jax.jit(jax.shard_map(gradient, mesh=mesh, in_specs=spec, out_specs=spec))
+        with jax.sharding.use_abstract_mesh(mesh):
+            traced = program.trace(jax.ShapeDtypeStruct((1, 1024, 4, 128), jnp.bfloat16))
+            return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+    found = tuple(lowered(deterministic=value).count("custom_call @mosaic_gpu") for value in (False, True))
+    assert found == kernels
 
 
 @pytest.mark.parametrize("name", ["halo", "halo_alone"])

@@ -91,6 +91,15 @@ def test_heads_mesh_stage_and_options_are_kept():
     assert small.model.num_layers == 2
 
 
+@pytest.mark.parametrize("window", [None, 16, 60, 2000])
+@pytest.mark.parametrize("mesh", [MeshConfig(ring=2, seq=2), MeshConfig(ring=4), MeshConfig(ring=8), MeshConfig(seq=4)])
+def test_tokens_lie_in_the_order_of_the_run(mesh, window):
+    """A window of 37 whatever the mesh breaks it."""
+    run = config(mesh)
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, local_window_size=window))
+    assert shrink(run).balanced == run.balanced == (mesh.ring > 1 and (window is None or window == 2000))
+
+
 def test_the_command_shows_the_verdict_and_answers_with_it(capsys):
     arguments = ["verify", "demo", "--mesh.data", "1", "--mesh.seq", "2", "--data.batch-size", "1"]
     assert cli.main(arguments) == 0

@@ -268,7 +268,7 @@ class MeshConfig:
 
     @property
     def parts(self) -> int:
-        """How many equal parts a sequence is cut into: one a device, or two on a ring, where each holds an early and a late."""
+        """What divides a sequence's length: one part a device, or two on a ring, where each holds early and late tokens."""
         return self.seq if self.ring == 1 else 2 * self.ring * self.seq
 
 

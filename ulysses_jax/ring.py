@@ -53,6 +53,7 @@ def ring_attention_shard(
     logits_soft_cap: float | None = None,
     sinks: Array | None = None,
     implementation: str | None = None,
+    deterministic: bool = False,
 ) -> Array:
     """Attention over a sequence of which this device holds T/R tokens; call it inside `shard_map`.
 
@@ -63,13 +64,14 @@ def ring_attention_shard(
       axis_name: the ring's mesh axis, of size R.
       balanced: tokens lie in the order of `mesh.token_order`; else each device holds one piece of the sequence.
       segment_ids: of the whole sequence in its own order, [B, T], the same on every device.
-      is_causal, scale, local_window_size, logits_soft_cap, sinks, implementation: as in `dot_product_attention`.
+      is_causal, scale, local_window_size, logits_soft_cap, sinks, implementation, deterministic: as in
+        `dot_product_attention`.
 
     Returns:
       [B, T/R, N, H].
     """
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
-    attention = Options(scale, logits_soft_cap, implementation, residual=True)
+    attention = Options(scale, logits_soft_cap, implementation, deterministic, residual=True)
     options = _Options(axis_name, balanced, is_causal, local_window_size, attention)
     chunk = _turns_here(options, q.shape[1], None).chunk
     if (reach := halo_reach(chunk, is_causal=is_causal, window=local_window_size)) is not None:
@@ -105,7 +107,6 @@ def live_tiles(
     Counted in the masks that `ring_attention_shard` attends with, over a batch's rows; arguments as there.
     """
     options = _Options("", balanced, is_causal, window, Options(1.0))
-
     return np.asarray(_count_tiles(options, length // size, size, tile, segment_ids)).reshape(size, size)
 
 

@@ -180,7 +180,7 @@ def ulysses_attention_shard(
         q, k, v = (group_heads(take_heads(x, dealt), degree) for x, dealt in zip((q, k, v), heads, strict=True))
     q_all, k_all, v_all = (grouped_seq_to_heads(x, axis_name)[:, :size] for x, size in ((q, T), (k, S), (v, S)))
     options: dict[str, Any] = {"is_causal": is_causal, "scale": scale, "local_window_size": local_window_size}
-    options |= {"logits_soft_cap": logits_soft_cap, "implementation": implementation}
+    options |= {"logits_soft_cap": logits_soft_cap, "implementation": implementation, "deterministic": deterministic}
     slots = tuple(range(degree * q.shape[3])) if dealing is None else dealing.queries
     if sinks is not None:
         given = ((degree, q.shape[3]), "[P, n]") if dealing is None else ((plain[0].shape[2],), "[N]")
@@ -203,7 +203,6 @@ def ulysses_attention_shard(
             segment_ids=segment_ids,
             block_mask=block_mask,
             mask=mask,
-            deterministic=deterministic,
             **options,
         )
     else:

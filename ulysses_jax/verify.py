@@ -83,10 +83,12 @@ def shrink(config: TrainConfig) -> TrainConfig:
         mlp_dim=192,
         head_dim=64 if kernel else 16,
         dtype="bfloat16" if kernel else "float32",
-        local_window_size=None if config.model.local_window_size is None else 37,
     )
     parts = config.mesh.parts
     data = dataclasses.replace(config.data, seq_len=parts * max(8, math.ceil(96 / parts)))
+    if model.local_window_size is not None:  # so long that tokens lie in the same order as the run's
+        held = data.seq_len // config.mesh.ring
+        model = dataclasses.replace(model, local_window_size=max(37, held + 1) if config.balanced else min(37, held))
     data = dataclasses.replace(data, batch_size=config.mesh.data * config.accumulation)
     memory = dataclasses.replace(config.memory, loss_tile=32, mlp_tile=config.memory.mlp_tile and 20)
     for name in ("save_layers", "offload_layers"):  # two layers have halves

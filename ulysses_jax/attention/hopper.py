@@ -8,10 +8,11 @@ between each row hides what lies outside its own range [first, end).
     forward   a block works off tiles of 2 × 64 queries of a head and walks each one's key tiles from right to left, so that
               of a causal mask only the first is masked. The product with V of one tile runs under the softmax of the next, and
               the queries of the next tile come while this one's are in use.
-    backward  a block owns 2 × 64 keys of one KV head and walks the query tiles of all heads that read it. S and dP are
-              computed transposed, dK and dV stay in registers, and dQ is added up in float32 by TMA: five products a tile.
-              The order of those additions varies; `deterministic` computes dQ in a pass of its own instead (seven products),
-              as do heads of 256, whose accumulators do not fit.
+    backward  a block owns 2 × 64 keys of one KV head and walks the query tiles of the heads that read it, all or, where tiles
+              are few, a part of them, whose shares are added up afterwards. S and dP are computed transposed, dK and dV stay
+              in registers, and dQ is added up in float32 by TMA: five products a tile. The order of those additions varies;
+              `deterministic` computes dQ in a pass of its own instead (seven products), as do heads of 256, whose accumulators
+              do not fit.
 
 Overlap of the two products and the softmax follows FlashAttention-3 (arXiv 2407.08608), the backward's shape FlashAttention-2
 (arXiv 2307.08691). Indices are int32 throughout, so that the kernels trace the same under jax_enable_x64.
@@ -21,6 +22,7 @@ Overlap of the two products and the softmax follows FlashAttention-3 (arXiv 2407
 # pyright: reportPrivateImportUsage=false, reportArgumentType=false, reportOperatorIssue=false, reportAbstractUsage=false
 # pyright: reportReturnType=false
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable
@@ -262,7 +264,7 @@ def _key_lists(mask: Mask, rows: int, step: int, least: int = 1):
     """The codes and counts by which tiles of queries walk a block mask; None without one."""
     if mask.blocks is None:
         return None
-    with jax.ensure_compile_time_eval():  # of a layout that is known, once
+    with _evaluated_if_known(mask):
         tiles, counts, full = mask.block_lists(rows, step)
         codes = jnp.where(jnp.arange(tiles.shape[3]) < counts[..., None], 2 * tiles + full, 2 * tiles.shape[3])
         # Past its count a list names a tile past the end, all of which is hidden: `least` may be walked, one more is read.
@@ -273,7 +275,7 @@ def _query_lists(mask: Mask, rows: int, step: int, heads: int, kv_heads: int):
     """The codes and counts by which tiles of keys walk a block mask, over the queries of all heads that read them."""
     if mask.blocks is None:
         return None
-    with jax.ensure_compile_time_eval():
+    with _evaluated_if_known(mask):
         tiles, counts, full = mask.block_lists_of_keys(rows, step)
         group = heads // kv_heads
         codes = 2 * tiles + full
@@ -288,6 +290,14 @@ def _query_lists(mask: Mask, rows: int, step: int, heads: int, kv_heads: int):
         packed = jnp.argsort(~listed, axis=-1, stable=True)
         codes = jnp.take_along_axis(joined, packed, axis=-1).astype(i32)
         return jnp.pad(codes, ((0, 0), (0, 0), (0, 0), (0, 1))), counts.sum(1)
+
+
+def _evaluated_if_known(mask: Mask):
+    """Lists of a mask that is known are made once, before compiling. Where any of it is traced, all is: under `shard_map` a
+    layout may vary from device to device, and only the trace can type so what it meets.
+    """
+    traced = any(isinstance(x, Tracer) for x in jax.tree.leaves(mask))
+    return contextlib.nullcontext() if traced else jax.ensure_compile_time_eval()
 
 
 def _each_item(items, body: Callable, carry):
