@@ -130,6 +130,12 @@ def test_a_config_comes_back_from_json(name):
     assert from_dict(json.loads(json.dumps(to_dict(changed)))) == changed
 
 
+@pytest.mark.parametrize(("name", "value"), [("stepz", 3), ("steps", {"a": 1})])
+def test_fields_that_a_config_has_not_are_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=f"TrainConfig takes no {name} = "):
+        from_dict(to_dict(recipes.recipe("demo")) | {name: value})
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     """A folder with a corpus, and a run of three steps in `run`."""

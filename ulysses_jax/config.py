@@ -481,7 +481,7 @@ def from_dict(fields: dict[str, Any]) -> TrainConfig:
     """The config of which `to_dict` made these fields, be it by way of JSON.
 
     Raises:
-      ValueError: a value that a config refuses.
+      ValueError: a field that a config has not, or a value that it refuses.
     """
     return _made(TrainConfig, fields)
 
@@ -489,7 +489,11 @@ def from_dict(fields: dict[str, Any]) -> TrainConfig:
 def _made(kind: type[Any], fields: dict[str, Any]) -> Any:
     annotations, values = typing.get_type_hints(kind), dict(fields)
     for name, value in fields.items():
+        parts: list[Any] = (
+            list(filter(dataclasses.is_dataclass, _alternatives(annotations[name]))) if name in annotations else []
+        )
+        if name not in annotations or (isinstance(value, dict) and not parts):
+            raise ValueError(f"{kind.__name__} takes no {name} = {value!r}; its fields are {', '.join(annotations)}.")
         if isinstance(value, dict):
-            part: Any = next(filter(dataclasses.is_dataclass, _alternatives(annotations[name])))
-            values[name] = _made(part, value)
+            values[name] = _made(parts[0], value)
     return kind(**values)
