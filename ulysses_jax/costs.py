@@ -256,7 +256,8 @@ def saved_bytes(config: TrainConfig) -> tuple[float, float]:
     by_save["products"] = by_save["projections"] + products
     by_save["all"] = by_save["products"] + size * (2 * F + 6 * D) + 4 * 2 * D  # norms in float32, and the gated products
     group = config.memory.group(model.num_layers)
-    here, away = (sum(by_save[x.save] for x in group if x.offload == offload) for offload in (False, True))
+    away = sum(by_save[x.save] * x.offload for x in group)
+    here = sum(by_save[x.save] for x in group) - away
     layers = tokens * model.num_layers / len(group)
     return here * layers, away * layers
 

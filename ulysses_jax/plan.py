@@ -30,7 +30,7 @@ from ulysses_jax import costs
 from ulysses_jax.config import DataConfig, MemoryConfig, MeshConfig, ModelConfig, TrainConfig, from_dict, to_dict
 from ulysses_jax.memory import HOST
 from ulysses_jax.mesh import DATA, SEQ
-from ulysses_jax.train import Program, batch_shapes, build
+from ulysses_jax.train import LAYERS, Program, batch_shapes, build
 
 __all__ = ["Crossing", "Plan", "absent_mesh", "certify", "compile_for", "ledger", "longest_plan", "make_plan"]
 
@@ -292,7 +292,9 @@ def compile_for(program: Program, **options: Any) -> jax.stages.Compiled:
         from jax._src.lib.mlir import ir  # pyright: ignore[reportPrivateImportUsage]
 
         paths = jax.tree_util.tree_leaves_with_path((program.abstract, batch))
-        kinds = [HOST if x.ndim and "opt_state" in jax.tree_util.keystr(path) else "device" for path, x in paths]
+        away = ("opt_state", f"params.{LAYERS}") if program.config.memory.offload_params else ("opt_state",)
+        names = [jax.tree_util.keystr(path[1:], simple=True, separator=".") for path, _ in paths]
+        kinds = [HOST if x.ndim and name.startswith(away) else "device" for name, (_, x) in zip(names, paths, strict=True)]
         module: Any = lowered.compiler_ir()
         main = next(op for op in module.body.operations if op.attributes["sym_name"].value == "main")
         with module.context:
