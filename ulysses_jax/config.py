@@ -221,8 +221,8 @@ class MemoryConfig:
                 )
             if save == "all" and self.offload_params:
                 raise ValueError(
-                    f"memory.offload_params is True and memory.{name} is 'all', which would keep every layer's parameters on the "
-                    "device once fetched; use 'products' or less."
+                    f"memory.offload_params is True and memory.{name} is 'all', which would keep every layer's parameters "
+                    "on the device once fetched; use 'products' or less."
                 )
             if save == "products" and self.mlp_tile is not None:
                 raise ValueError(
@@ -233,18 +233,18 @@ class MemoryConfig:
             _at_least("memory.mlp_tile", self.mlp_tile, 1)
         if self.offload_params and not self.offload_optimizer:
             raise ValueError(
-                "memory.offload_params is True and memory.offload_optimizer False, but the moments are twice the parameters' bytes "
+                "memory.offload_params is True and memory.offload_optimizer False, but the moments are twice the bytes "
                 "and needed once a step only; set offload_optimizer=True as well."
             )
         if self.offload_params and self.save_layers not in (0, 1):
             raise ValueError(
-                f"memory.offload_params is True and memory.save_layers {self.save_layers}, but parameters on the host want layers that "
-                "are all alike; use save_layers=1."
+                f"memory.offload_params is True and memory.save_layers {self.save_layers}, but parameters on the host "
+                "want layers that are all alike; use save_layers=1."
             )
         if self.offload_params and self.offload_layers not in (0, 1) and self.alike != "inputs":
             raise ValueError(
-                f"memory.offload_params is True, memory.offload_layers {self.offload_layers} and memory.save {self.alike!r}, but with "
-                "parameters on the host a fraction is of tokens, and only inputs are cut there; use save='inputs', or 0 or 1."
+                f"memory.offload_params is True, memory.offload_layers {self.offload_layers} and memory.save {self.alike!r}, "
+                "but with parameters on the host a fraction is of tokens, and only of inputs; use save='inputs', or 0 or 1."
             )
 
     @property
@@ -452,13 +452,13 @@ class TrainConfig:
             return
         if self.zero_stage != 3:
             raise ValueError(
-                f"memory.offload_params is True and zero_stage {self.zero_stage}, which keeps parameters whole for each device; "
+                f"memory.offload_params is True and zero_stage {self.zero_stage}, which keeps them whole for each device; "
                 "use zero_stage=3, so that the host holds them once."
             )
         if self.accumulation != 1:
             raise NotImplementedError(
-                f"memory.offload_params is True and accumulation {self.accumulation}, but gradients on the host are not added up; "
-                "use accumulation=1: with parameters on the host, a longer step costs less than two."
+                f"memory.offload_params is True and accumulation {self.accumulation}, but gradients on the host are not "
+                "added up; use accumulation=1: with parameters on the host, a longer step costs less than two."
             )
 
     @property

@@ -175,6 +175,11 @@ class Plan:
         return costs.wire_bytes(self.config)
 
     @property
+    def host_traffic(self) -> dict[str, float]:
+        """bytes between the device and the host in a step, by part; their time is at `gpu.host_bytes_per_s`"""
+        return costs.host_traffic(self.config)
+
+    @property
     def seconds(self) -> dict[str, float]:
         """of a step, by part; "step" is the whole"""
         return costs.step_seconds(self.config, self.gpu)
@@ -186,6 +191,7 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Everything, for JSON."""
         parts = {"device_bytes": self.device, "host_bytes": self.host, "wire_bytes": self.wire, "seconds": self.seconds}
+        parts |= {"host_traffic_bytes": self.host_traffic, "host_bytes_per_s": self.gpu.host_bytes_per_s}
         return {
             "gpu": self.gpu.name,
             "memory_bytes": self.gpu.memory_bytes,
@@ -203,10 +209,13 @@ def policies(num_layers: int) -> Iterator[MemoryConfig]:
         for f in (1, 0.5, 0.25)
     ]
     kinds += [{"save": "attention", "save_layers": f} for f in (1, 0.75, 0.5, 0.25)] + [{"save": "inputs"}]
-    for kind, sent, tile, optimizer in itertools.product(kinds, (0, 0.25, 0.5, 0.75, 1), (None, 8192), (False, True)):
+    states = ((False, False), (True, False), (True, True))
+    for kind, sent, tile, (optimizer, params) in itertools.product(kinds, (0, 0.25, 0.5, 0.75, 1), (None, 8192), states):
         if tile and kind["save"] == "products":
             continue
-        memory = MemoryConfig(**kind, offload_layers=sent, mlp_tile=tile, offload_optimizer=optimizer)
+        if params and (kind.get("save_layers", 1) != 1 or (sent not in (0, 1) and kind["save"] != "inputs")):
+            continue
+        memory = MemoryConfig(**kind, offload_layers=sent, mlp_tile=tile, offload_optimizer=optimizer, offload_params=params)
         try:
             memory.group(num_layers)
         except ValueError:  # a fraction that this depth does not have

@@ -489,6 +489,7 @@ def _loss_and_grads(config: TrainConfig, graph, stored: Tree, batch: dict[str, A
         zeros = jax.tree.map(lambda x: varying_like(jnp.zeros(x.shape, x.dtype), x), pieces)
         start = varying_like(jnp.zeros((), jnp.float32), batch["weights"])
         (loss, grads), _ = lax.scan(add, (start, zeros), micros)
+
     def squared(x: Stored, new: tuple[Array, Array | None]) -> Array | None:
         """over all devices: of pieces each has its own, of what is not divided all have the same"""
         return None if new[1] is None else new[1].sum() if x.dim is None else lax.psum(new[1].sum(), x.axes)
