@@ -53,11 +53,12 @@ CASES = [
 
 def plan_of(case: Case, length: int, gpu: costs.Gpu) -> Plan:
     """The case at a length; with parameters on the host as many sixteenths of the tokens' inputs there as it has room for."""
+    memory: dict[str, Any] = case.memory | {"offload_layers": 1.0}
     config = TrainConfig(
         model=dataclasses.replace(recipes.MODELS[case.model](), head_chunks=case.chunks),
         mesh=MeshConfig(seq=case.devices),
         data=DataConfig(seq_len=length, batch_size=1, mask_documents=False),
-        memory=MemoryConfig(**case.memory | {"offload_layers": 1.0}),
+        memory=MemoryConfig(**memory),
         optimizer=OptimizerConfig(moment_dtype=case.moments),  # pyright: ignore[reportArgumentType]
         implementation="pallas",
     )

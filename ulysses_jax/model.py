@@ -12,6 +12,7 @@ F mlp_dim, V vocab_size, L layers.
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -160,14 +161,20 @@ def _flat(y: Array) -> Array:
     return y.reshape(len(y), -1, y.shape[-2] * y.shape[-1])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _project(x: Array, weights: tuple[Array, ...], one_by_one: bool) -> tuple[Array, tuple[Array, ...]]:
+def _project(x: Array, weights: tuple[Array, ...], one_by_one: bool = False) -> tuple[Array, tuple[Array, ...]]:
     """[B, T, D] × each [D, G, n, H] → [G, B, T, n, H].
 
     Also x, for whoever else reads it: its gradient then comes in here and all products are added to it in place. Left to
     autodiff each would be an array [G, B, T, D]. Where a product does not add in place, XLA may keep all of them for one sum;
     `one_by_one` has each added before the next is made.
     """
+    projected: Any = _projected(x, weights, one_by_one)
+    return projected
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _projected(x: Array, weights: tuple[Array, ...], one_by_one: bool) -> tuple[Array, tuple[Array, ...]]:
+    del one_by_one
 
     def one(w: Array) -> Array:
         D, G, n, H = w.shape
@@ -195,12 +202,17 @@ def _project_backward(one_by_one: bool, saved: tuple[Array, tuple[Array, ...]], 
     return d_x, tuple(d_weights)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _contract(y: Array, z: Array, w: Array, one_by_one: bool) -> Array:
+def _contract(y: Array, z: Array, w: Array, one_by_one: bool = False) -> Array:
     """y [B, T, D] + [G, B, T, n, H] × [G, n, H, D], summed over heads and groups; its gradient writes each group in place.
 
     `one_by_one` as in `_project`.
     """
+    contracted: Any = _contracted(y, z, w, one_by_one)
+    return contracted
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _contracted(y: Array, z: Array, w: Array, one_by_one: bool) -> Array:
     G, n, H, D = w.shape
     if G <= SUMMED:
         factors = [(z, w.reshape(n * H, D)) for z, w in zip(_flat(z), w, strict=True)]
@@ -221,8 +233,8 @@ def _contract_backward(one_by_one: bool, saved: tuple[Array, Array], d_y: Array)
     return d_y, d_z.reshape(z.shape), _each_group("td,gth->ghd", flat, _flat(z)).reshape(w.shape)
 
 
-_project.defvjp(lambda x, weights, one_by_one: (_project(x, weights, one_by_one), (x, weights)), _project_backward)
-_contract.defvjp(lambda y, z, w, one_by_one: (_contract(y, z, w, one_by_one), (z, w)), _contract_backward)
+_projected.defvjp(lambda x, weights, one_by_one: (_projected(x, weights, one_by_one), (x, weights)), _project_backward)
+_contracted.defvjp(lambda y, z, w, one_by_one: (_contracted(y, z, w, one_by_one), (z, w)), _contract_backward)
 
 
 class MLP(nnx.Module):

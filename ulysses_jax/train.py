@@ -89,13 +89,7 @@ def build(config: TrainConfig, mesh: Mesh) -> Program:
         shapes["params"], shapes["opt_state"], mesh=mesh, stage=config.zero_stage
     )
     update_at = zero_shardings(shapes["params"], (), mesh=mesh, stage=3 if config.zero_stage else 0)[0]
-    state_at = {"params": params_at, "opt_state": opt_at, "step": whole}
-    if on_host:  # and say "device" of all the rest: jax ignores the kinds of memory where one is not named
-        device = jax.tree.map(lambda at: at.with_memory_kind("device"), state_at)
-        state_at = device | {"opt_state": jax.tree.map(_placed, opt_at, shapes["opt_state"])}
-        if config.memory.offload_params:
-            state_at["params"] = device["params"] | {LAYERS: jax.tree.map(_placed, params_at[LAYERS], shapes["params"][LAYERS])}
-        whole = whole.with_memory_kind("device")
+    state_at = _places({"params": params_at, "opt_state": opt_at, "step": whole}, shapes, config.memory)
     scalar = PartitionSpec()
     loss_and_grads = _on_mesh(_loss_and_grads, config, mesh, graph, parts, (scalar, _specs(grads_at), scalar, scalar))
 
@@ -103,7 +97,7 @@ def build(config: TrainConfig, mesh: Mesh) -> Program:
         loss, grads, tokens, squares = loss_and_grads(state["params"], batch)
         # The update runs where the optimizer's state lies; a stage that keeps parameters whole gathers the result.
         grads, params = (_constrain(x, update_at, config.memory) for x in (grads, state["params"]))
-        norm = _norm(grads, squares, config.memory)
+        norm = _norm(grads, squares)
         if on_host:
             params, opt_state = _update_on_host(config, grads, norm, state["opt_state"], params)
         else:
@@ -123,7 +117,10 @@ def build(config: TrainConfig, mesh: Mesh) -> Program:
         abstract=jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, state_at),
         init=_first_on_host(init, shapes, state_at) if on_host else jax.jit(init, out_shardings=state_at),
         step=jax.jit(
-            step, donate_argnums=0, out_shardings=(state_at, whole), compiler_options=compiler_options(config.memory, mesh)
+            step,
+            donate_argnums=0,
+            out_shardings=(state_at, state_at["step"]),
+            compiler_options=compiler_options(config.memory, mesh),
         ),
         gradients=jax.jit(lambda params, batch: loss_and_grads(params, batch)[:3]),
         evaluate=jax.jit(_on_mesh(_summed_loss, config, mesh, graph, parts, (PartitionSpec(), PartitionSpec()))),
@@ -166,9 +163,9 @@ def _constrain(tree: Tree, at: Tree, memory: MemoryConfig) -> Tree:
     return tree | {name: lax.with_sharding_constraint(tree[name], at[name]) for name in here}
 
 
-def _norm(grads: Tree, squares: Array, memory: MemoryConfig) -> Array:
+def _norm(grads: Tree, squares: Array | None) -> Array:
     """√Σg² over all parameters: of those on the host the `squares` were added up when they left."""
-    if not memory.offload_params:
+    if squares is None:
         return optax.tree.norm(grads)
     return jnp.sqrt(squares + optax.tree.norm({k: v for k, v in grads.items() if k != LAYERS}, squared=True))
 
@@ -186,6 +183,17 @@ def compiler_options(memory: MemoryConfig, mesh: Mesh) -> dict[str, bool | int |
         return None
     limit = 400 if memory.offload_layers or memory.offload_optimizer else 100
     return {"xla_disable_hlo_passes": "rematerialization", "xla_gpu_memory_limit_slop_factor": limit}
+
+
+def _places(at: State, shapes: State, memory: MemoryConfig) -> State:
+    """The state's shardings with the kinds of memory: where one is named all have to be, or jax ignores them."""
+    if not memory.offload_optimizer:
+        return at
+    placed = jax.tree.map(lambda x: x.with_memory_kind("device"), at)
+    placed["opt_state"] = jax.tree.map(_placed, at["opt_state"], shapes["opt_state"])
+    if memory.offload_params:
+        placed["params"] |= {LAYERS: jax.tree.map(_placed, at["params"][LAYERS], shapes["params"][LAYERS])}
+    return placed
 
 
 def _placed(at: NamedSharding, x: jax.ShapeDtypeStruct) -> NamedSharding:
@@ -463,7 +471,9 @@ def _on_mesh(local: Callable, config: TrainConfig, mesh: Mesh, graph, parts: tup
     return jax.shard_map(on_one_device, mesh=mesh, in_specs=(_specs(params_at), token_spec(mesh)), out_specs=out_specs)
 
 
-def _loss_and_grads(config: TrainConfig, graph, stored: Tree, batch: dict[str, Array]) -> tuple[Array, Tree, Array, Array]:
+def _loss_and_grads(
+    config: TrainConfig, graph, stored: Tree, batch: dict[str, Array]
+) -> tuple[Array, Tree, Array, Array | None]:
     """(mean loss over the labels of the global batch, its gradient, their number, Σg² of gradients on the host), micro-batch by
     micro-batch.
 
@@ -496,7 +506,7 @@ def _loss_and_grads(config: TrainConfig, graph, stored: Tree, batch: dict[str, A
 
     squares = jax.tree.leaves(jax.tree.map(squared, stored, grads, is_leaf=_is_stored))
     grads = jax.tree.map(lambda _, new: new[0], stored, grads, is_leaf=_is_stored)
-    return lax.psum(loss, _axes(config)), grads, tokens, jnp.stack(squares).sum() if squares else jnp.zeros(())
+    return lax.psum(loss, _axes(config)), grads, tokens, jnp.stack(squares).sum() if squares else None
 
 
 def _summed_loss(config: TrainConfig, graph, stored: Tree, batch: dict[str, Array]) -> tuple[Array, Array]:

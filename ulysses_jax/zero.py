@@ -96,9 +96,9 @@ class Stored:
 
     piece: Array
     whole: Array | None
-    squares: Array | None
     dim: int | None
     axes: tuple[str, ...]
+    squares: Array | None = None
 
 
 def hold(params: Tree, param_shardings: Tree, grad_shardings: Tree) -> Tree:
@@ -120,9 +120,9 @@ def hold(params: Tree, param_shardings: Tree, grad_shardings: Tree) -> Tree:
     def one(x: Array, param: NamedSharding, grad: NamedSharding) -> Stored:
         axes, dim = grad.mesh.axis_names, _dim_of(grad, x.ndim)
         if dim is None or _dim_of(param, x.ndim) is not None:
-            return Stored(x, None, _zeros_for_squares(x, dim, axes), dim, axes)
+            return Stored(x, None, dim, axes, _zeros_for_squares(x, dim, axes))
         size = x.shape[dim] // grad.mesh.size
-        return Stored(lax.dynamic_slice_in_dim(x, lax.axis_index(axes) * size, size, dim + x.ndim), x, None, dim, axes)
+        return Stored(lax.dynamic_slice_in_dim(x, lax.axis_index(axes) * size, size, dim + x.ndim), x, dim, axes)
 
     return jax.tree.map(one, params, param_shardings, grad_shardings)
 
