@@ -98,6 +98,37 @@ CONFIG = [
         lambda: memory(save="products", mlp_tile=64),
         ("memory.mlp_tile is 64 and memory.save is 'products'", "leave out mlp_tile"),
     ),
+    Row(
+        "parameters on the host, moments on the device",
+        lambda: memory(offload_params=True),
+        ("memory.offload_params is True and memory.offload_optimizer False", "set offload_optimizer=True"),
+    ),
+    Row(
+        "everything kept, parameters on the host",
+        lambda: memory(save="all", offload_params=True, offload_optimizer=True),
+        ("memory.offload_params is True and memory.save is 'all'", "use 'products'"),
+    ),
+    Row(
+        "layers that differ, parameters on the host",
+        lambda: memory(save_layers=0.5, offload_params=True, offload_optimizer=True),
+        ("memory.offload_params is True and memory.save_layers 0.5", "use save_layers=1"),
+    ),
+    Row(
+        "a fraction of tokens of more than inputs",
+        lambda: memory(save="attention", offload_layers=0.5, offload_params=True, offload_optimizer=True),
+        ("memory.offload_layers 0.5 and memory.save 'attention'", "use save='inputs'"),
+    ),
+    Row(
+        "whole parameters on the host",
+        lambda: train(zero_stage=2, memory=memory(offload_params=True, offload_optimizer=True)),
+        ("memory.offload_params is True and zero_stage 2", "use zero_stage=3"),
+    ),
+    Row(
+        "gradients added up on the host",
+        lambda: train(accumulation=2, memory=memory(offload_params=True, offload_optimizer=True)),
+        ("memory.offload_params is True and accumulation 2", "use accumulation=1"),
+        error=NotImplementedError,
+    ),
     Row("tiles of nothing", lambda: memory(mlp_tile=0), ("memory.mlp_tile is 0", "at least 1")),
     Row("unknown dtype", lambda: model(dtype="float16"), ("model.dtype is 'float16'", "one of bfloat16, float32")),
     Row("a negative window, in a config", lambda: model(local_window_size=-1), ("local_window_size is -1", "at least 0")),

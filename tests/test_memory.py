@@ -5,12 +5,14 @@ import functools
 from typing import Any
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 from tests.trainers import FAST, LENGTH, MODEL, by_name, first_state, make_batch, program, relative_error, tiny
+from ulysses_jax.checkpoint import Checkpoints
 from ulysses_jax.config import LayerMemory, MemoryConfig, OptimizerConfig
 from ulysses_jax.data import place
 from ulysses_jax.memory import map_tiles
@@ -176,20 +178,21 @@ def test_no_policy_changes_loss_or_gradients(policy, data, seq):
     assert max(errors.values()) < 1e-6, errors
 
 
-def take_steps(steps: int = 3, **config: Any) -> tuple[dict[str, np.ndarray], list[float]]:
-    """Parameters and moments after some steps from `first_state`, and the losses."""
-    own = tiny(2, 4, **config)
+def take_steps(steps: int = 3, *, data: int = 2, seq: int = 4, **config: Any) -> tuple[dict[str, np.ndarray], list[float]]:
+    """Parameters and moments after some steps from `first_state`, and the losses and norms."""
+    own = tiny(data, seq, **config)
     p = program(own)
     step = p.step.lower(p.abstract, batch_shapes(own, p.mesh)).compile(FAST)
     state: Any = jax.tree.map(
-        lambda x, like: jax.device_put(x.astype(like.dtype), like.sharding), first_state(tiny(2, 4)), p.abstract
+        lambda x, like: jax.device_put(np.asarray(x, like.dtype), like.sharding), first_state(tiny(2, 4)), p.abstract
     )
     losses = []
     for i in range(steps):
         state, metrics = step(state, place(make_batch(own, i), p.mesh))
-        losses.append(float(metrics["loss"]))
-    kinds = {x.sharding.memory_kind for x in jax.tree.leaves(state["opt_state"]) if x.ndim}
-    assert kinds == ({"pinned_host"} if own.memory.offload_optimizer else {p.mesh.devices.flat[0].default_memory().kind})
+        losses += [float(metrics["loss"]), float(metrics["grad_norm"])]
+    default = p.mesh.devices.flat[0].default_memory().kind
+    for part, offload in ((state["opt_state"], own.memory.offload_optimizer), (layers(state), own.memory.offload_params)):
+        assert {x.sharding.memory_kind for x in jax.tree.leaves(part) if x.ndim} == {"pinned_host" if offload else default}
     return by_name(state), losses
 
 
@@ -203,9 +206,69 @@ def test_moments_on_the_host_are_the_same_moments():
     assert max(errors.values()) < 1e-6, errors
 
 
+ALL_ON_HOST = {"offload_optimizer": True, "offload_params": True}
+
+
+def layers(state: Any) -> Any:
+    return state["params"]["layers"]
+
+
 @pytest.mark.slow
-def test_the_first_state_on_the_host_is_the_first_state():
-    own = tiny(2, 4, memory={"offload_optimizer": True})
+@pytest.mark.parametrize(("data", "seq"), [(1, 1), (2, 4)])
+@pytest.mark.parametrize(
+    "memory", [{"save": "inputs", "offload_layers": 0.4}, {"save": "attention", "offload_layers": 1.0, "mlp_tile": 7}]
+)
+def test_parameters_on_the_host_are_the_same_parameters(memory, data, seq):
+    """Adding up only one device's squares breaks the norm, and clipping with it; so does counting undivided leaves 8 times."""
+    (state, losses), (expected, reference) = (
+        take_steps(data=data, seq=seq, memory=memory) for memory in (memory | ALL_ON_HOST, {})
+    )
+    np.testing.assert_allclose(losses, reference, rtol=1e-6)
+    assert min(reference[1::2]) > OptimizerConfig().clip_norm, "clipped in every step"
+    assert state.keys() == expected.keys()
+    # A key's bias has no gradient but rounding, which Adam makes as large as any.
+    rounded = {name for name in expected if "key_bias" in name}
+    errors = {name: relative_error(state[name], x) for name, x in expected.items() if np.any(x) and name not in rounded}
+    assert max(errors.values()) < 1e-6, errors
+
+
+def test_a_gradient_leaves_the_loop_for_the_host():
+    """Fetching all layers before the scan breaks it: their gradients are then stacked on the device, and so are they."""
+    p = program(tiny(2, 4, memory=ALL_ON_HOST))
+    loops = [x for x in scans(jax.make_jaxpr(p.step)(p.abstract, batch_shapes(p.config, p.mesh)).jaxpr)]
+    shapes = {x.sharding.shard_shape(x.shape) for x in jax.tree.leaves(layers(p.abstract)) if x.ndim > 2}
+    stacks = [v.aval for loop in loops for v in (*loop.invars, *loop.outvars) if v.aval.shape in shapes]
+    assert len(stacks) >= 3 * len(shapes)
+    assert all("host" in str(x.memory_space).lower() for x in stacks), stacks
+
+
+def scans(jaxpr: Any) -> Any:
+    for e in jaxpr.eqns:
+        if e.primitive.name == "scan":
+            yield e
+        for inner in jax.extend.core.jaxprs_in_params(e.params):
+            yield from scans(inner)
+
+
+@pytest.mark.slow
+def test_parameters_on_the_host_are_saved_and_restored_there(tmp_path):
+    """And onto a device, by a run without; a restore that forgets the memory's kind breaks the step that follows."""
+    own = tiny(2, 4, memory=ALL_ON_HOST)
+    state = program(own).init()
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(1, state)
+        checkpoints.wait()
+        for config in (own, tiny(4, 2)):
+            found = checkpoints.restore(program(config).abstract)
+            assert found is not None
+            jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y), found[1], state)
+            jax.tree.map(lambda x, like: x.sharding == like.sharding or pytest.fail(str(x)), found[1], program(config).abstract)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("memory", [{"offload_optimizer": True}, ALL_ON_HOST])
+def test_the_first_state_on_the_host_is_the_first_state(memory):
+    own = tiny(2, 4, memory=memory)
     first, expected = by_name(program(own).init()), by_name(first_state(tiny(2, 4)))
     assert first.keys() == expected.keys()
     for name, x in expected.items():

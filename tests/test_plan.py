@@ -47,6 +47,34 @@ def test_bytes_on_the_wire_are_the_compiled_programs(save):
     assert planned["gradients"] == pytest.approx(sent["reduce-scatter"], rel=0.05)
 
 
+def test_bytes_on_the_host_are_those_of_the_arrays_there():
+    """Counting the parts that are no layers as streamed breaks it."""
+    memory = {"offload_optimizer": True, "offload_params": True, "offload_layers": 0.5}
+    config = tiny(2, 4, memory=memory)
+    p, host, device = program(config), costs.host_bytes(config), costs.device_bytes(config)
+
+    def exact(tree: Any) -> int:
+        return sum(4 * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree) if x.ndim)
+
+    layers = p.abstract["params"]["layers"]
+    assert host["parameters"] == host["gradients"] == pytest.approx(exact(layers), rel=0.1)  # some biases are not divided
+    assert device["parameters"] == pytest.approx(exact(p.abstract["params"]) - exact(layers), rel=0.03)
+    assert host["optimizer"] == pytest.approx(exact(p.abstract["opt_state"]), rel=0.05)
+    assert host["activations"] == device["activations"] > 0
+    traffic = costs.host_traffic(config)
+    assert traffic["parameters"] == 2 * traffic["gradients"] == 4 * host["parameters"]
+    without = dataclasses.replace(config, memory=dataclasses.replace(config.memory, offload_params=False))
+    assert costs.step_seconds(config, H100)["step"] > costs.step_seconds(without, H100)["step"]
+
+
+def test_a_model_too_large_for_a_gpu_is_streamed():
+    """Llama 3 8B's parameters and gradients in float32 leave no room for 192K tokens on one GPU."""
+    plan = make_plan(recipes.llama3_8b(), H100, 1, 196608, host_limit=120 * GIB)
+    assert plan is not None
+    assert plan.config.memory.offload_params
+    assert make_plan(recipes.llama3_8b(), H100, 1, 196608, host_limit=110 * GIB) is None
+
+
 def test_a_policy_is_chosen_that_fits_and_none_that_fits_is_faster():
     """Taking the first that fits breaks it."""
     model = recipes.llama_7b()

@@ -297,6 +297,9 @@ def show_plan(found: "Plan", compiled: dict[str, float] | None, model: str, cons
     if host:
         show(console, "bytes of the host, for each device", host)
     show(console, "bytes that leave a device in a step", {k: _bytes(v) for k, v in found.wire.items()})
+    if any(found.host_traffic.values()):
+        traffic = {k: _bytes(v) for k, v in found.host_traffic.items() if v}
+        show(console, f"bytes to and from the host in a step, at {found.gpu.host_bytes_per_s / 1e9:g} GB/s assumed", traffic)
     rates = costs.rates(config, seconds["step"], found.gpu.name)
     times = {k: f"{v:.3g} s" for k, v in seconds.items()}
     times["wire"] += " beside them"

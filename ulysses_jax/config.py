@@ -165,7 +165,8 @@ class LayerMemory(NamedTuple):
     """What one layer keeps for its backward, and where."""
 
     save: Save
-    offload: bool
+    offload: float
+    """the part that goes to the host: none, all, or a fraction of the tokens"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -183,7 +184,9 @@ class MemoryConfig:
         all           everything, unnamed intermediates too
 
     Fractions of layers are realised within groups of up to 8 consecutive layers, all groups alike: the first of a group go to
-    the host, the last of it save `save`, the others `save_others`.
+    the host, the last of it save `save`, the others `save_others`. Parameters on the host are sliced a layer at a time, and XLA
+    would copy whole stacks of them for a group; so with `offload_params` all layers are alike, and what they save of the first
+    `offload_layers` of a device's tokens goes to the host.
     """
 
     save: Save = "attention"
@@ -193,13 +196,15 @@ class MemoryConfig:
     save_others: Save = "inputs"
     """what the other layers save"""
     offload_layers: float = 0.0
-    """the fraction of layers whose saved activations wait in the host's pinned memory"""
+    """the fraction of layers whose saved activations wait in the host's pinned memory; with `offload_params` of tokens"""
     mlp_tile: int | None = None
     """tokens whose hidden activations [tile, F] exist at one time; all of a device's by default"""
     loss_tile: int = 2048
     """tokens whose logits [tile, V] exist at one time"""
     offload_optimizer: bool = False
     """the optimizer's moments wait in the host's pinned memory; the update fetches them a layer at a time"""
+    offload_params: bool = False
+    """so do the layers' float32 parameters, which forward and backward fetch a layer at a time, and their gradients"""
 
     def __post_init__(self):
         _check_types(self, "memory.")
@@ -214,6 +219,11 @@ class MemoryConfig:
                     f"memory.offload_layers is {self.offload_layers} and memory.{name} is 'all', whose activations have no "
                     "names to send them by; use 'products' or less."
                 )
+            if save == "all" and self.offload_params:
+                raise ValueError(
+                    f"memory.offload_params is True and memory.{name} is 'all', which would keep every layer's parameters "
+                    "on the device once fetched; use 'products' or less."
+                )
             if save == "products" and self.mlp_tile is not None:
                 raise ValueError(
                     f"memory.mlp_tile is {self.mlp_tile} and memory.{name} is 'products', but tiles are there so that the "
@@ -221,6 +231,26 @@ class MemoryConfig:
                 )
         if self.mlp_tile is not None:
             _at_least("memory.mlp_tile", self.mlp_tile, 1)
+        if self.offload_params and not self.offload_optimizer:
+            raise ValueError(
+                "memory.offload_params is True and memory.offload_optimizer False, but the moments are twice the bytes "
+                "and needed once a step only; set offload_optimizer=True as well."
+            )
+        if self.offload_params and self.save_layers not in (0, 1):
+            raise ValueError(
+                f"memory.offload_params is True and memory.save_layers {self.save_layers}, but parameters on the host "
+                "want layers that are all alike; use save_layers=1."
+            )
+        if self.offload_params and self.offload_layers not in (0, 1) and self.alike != "inputs":
+            raise ValueError(
+                f"memory.offload_params is True, memory.offload_layers {self.offload_layers} and memory.save {self.alike!r}, "
+                "but with parameters on the host a fraction is of tokens, and only of inputs; use save='inputs', or 0 or 1."
+            )
+
+    @property
+    def alike(self) -> Save:
+        """what layers save where all save the same"""
+        return self.save if self.save_layers else self.save_others
 
     def group(self, num_layers: int) -> tuple[LayerMemory, ...]:
         """The policy of each layer of a group; groups of this length, one after the other, are all layers.
@@ -228,6 +258,8 @@ class MemoryConfig:
         Raises:
           ValueError: fractions that no group of at most `MAX_GROUP` layers has.
         """
+        if self.offload_params:
+            return (LayerMemory(self.alike, self.offload_layers),)
         sizes = [k for k in range(1, MAX_GROUP + 1) if num_layers % k == 0]
         fractions = {"save_layers": self.save_layers, "offload_layers": self.offload_layers}
         for k in sizes:
@@ -399,6 +431,7 @@ class TrainConfig:
         if self.wandb == "":
             raise ValueError("wandb is ''; it must be the name of a project, or None for no tracking.")
         self.memory.group(self.model.num_layers)
+        self._check_offload()
         if self.data.seq_len % (parts := self.mesh.parts):
             named = f"mesh.seq = {parts}" if self.mesh.ring == 1 else f"2 × mesh.ring × mesh.seq = {parts}"
             raise ValueError(
@@ -412,6 +445,20 @@ class TrainConfig:
             raise ValueError(
                 f"data.batch_size is {self.data.batch_size}; it must be a multiple of mesh.data × accumulation = "
                 f"{self.mesh.data} × {self.accumulation}. The nearest above is {-(-self.data.batch_size // rows) * rows}."
+            )
+
+    def _check_offload(self):
+        if not self.memory.offload_params:
+            return
+        if self.zero_stage != 3:
+            raise ValueError(
+                f"memory.offload_params is True and zero_stage {self.zero_stage}, which keeps them whole for each device; "
+                "use zero_stage=3, so that the host holds them once."
+            )
+        if self.accumulation != 1:
+            raise NotImplementedError(
+                f"memory.offload_params is True and accumulation {self.accumulation}, but gradients on the host are not "
+                "added up; use accumulation=1: with parameters on the host, a longer step costs less than two."
             )
 
     @property

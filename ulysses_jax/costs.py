@@ -19,6 +19,7 @@ __all__ = [
     "exchange_elements",
     "halo_elements",
     "host_bytes",
+    "host_traffic",
     "parameter_counts",
     "peak_flops",
     "rates",
@@ -256,7 +257,8 @@ def saved_bytes(config: TrainConfig) -> tuple[float, float]:
     by_save["products"] = by_save["projections"] + products
     by_save["all"] = by_save["products"] + size * (2 * F + 6 * D) + 4 * 2 * D  # norms in float32, and the gated products
     group = config.memory.group(model.num_layers)
-    here, away = (sum(by_save[x.save] for x in group if x.offload == offload) for offload in (False, True))
+    away = sum(by_save[x.save] * x.offload for x in group)
+    here = sum(by_save[x.save] for x in group) - away
     layers = tokens * model.num_layers / len(group)
     return here * layers, away * layers
 
@@ -276,21 +278,57 @@ def device_bytes(config: TrainConfig) -> dict[str, float]:
     attention = tokens * (8 * N + 6.4 * max(K, config.mesh.seq)) * H
     in_flight = size * max(attention, tokens * 4 * D + tile * 5.3 * F)
     loss = min(memory.loss_tile, tokens) * V * 10 + V * D * (8 + size) + 2 * tokens * D * size
-    optimizer = 2 * total / (n if config.zero_stage >= 1 else 1) * (2 if config.optimizer.moment_dtype == "bfloat16" else 4)
+    away = _streamed(config)
+    here = total - away
+    fetched = 8 * layer / n if away else 0  # a layer's piece in float32 and its gradient
+    update = 10 * here / n if away else 0  # of the parts that are no layers, at once
     return {
-        "parameters": 4 * total / (n if config.zero_stage >= 3 else 1),
-        "optimizer": 0.0 if memory.offload_optimizer else optimizer,
-        "gradients": 4 * total / (n if config.zero_stage >= 2 else 1),
+        "parameters": 4 * here / (n if config.zero_stage >= 3 else 1),
+        "optimizer": 0.0 if memory.offload_optimizer else _moments(config),
+        "gradients": 4 * here / (n if config.zero_stage >= 2 else 1),
         "activations": saved_bytes(config)[0],
-        "working": max(3 * size * layer + in_flight, loss),
+        "working": max(3 * size * layer + fetched + in_flight, loss, update),
     }
 
 
 def host_bytes(config: TrainConfig) -> dict[str, float]:
     """Bytes of the host's pinned memory for each device, by part."""
-    total, n = sum(parameter_counts(config.model).values()), config.mesh.size
-    optimizer = 2 * total / (n if config.zero_stage >= 1 else 1) * (2 if config.optimizer.moment_dtype == "bfloat16" else 4)
-    return {"activations": saved_bytes(config)[1], "optimizer": optimizer if config.memory.offload_optimizer else 0.0}
+    streamed = 4 * _streamed(config) / config.mesh.size
+    return {
+        "activations": saved_bytes(config)[1],
+        "optimizer": _moments(config) if config.memory.offload_optimizer else 0.0,
+        "parameters": streamed,
+        "gradients": streamed,
+    }
+
+
+def host_traffic(config: TrainConfig) -> dict[str, float]:
+    """Bytes between a device and the host in a step, both ways together, by part.
+
+    Activations go and come back, and so do moments and gradients; parameters in float32 are fetched by forward, backward and
+    update, and written by it.
+    """
+    held = host_bytes(config)
+    return {
+        "activations": 2 * held["activations"] * config.accumulation,
+        "optimizer": 2 * held["optimizer"],
+        "parameters": 4 * held["parameters"],
+        "gradients": 2 * held["gradients"],
+    }
+
+
+def _moments(config: TrainConfig) -> float:
+    """Bytes of both for each device."""
+    total, n = sum(parameter_counts(config.model).values()), config.mesh.size if config.zero_stage >= 1 else 1
+    return 2 * total / n * (2 if config.optimizer.moment_dtype == "bfloat16" else 4)
+
+
+def _streamed(config: TrainConfig) -> int:
+    """Parameters that wait on the host: the layers'."""
+    if not config.memory.offload_params:
+        return 0
+    counts = parameter_counts(config.model)
+    return counts["attention"] + counts["mlp"] + counts["norms"] - config.model.embed_dim
 
 
 def wire_bytes(config: TrainConfig) -> dict[str, float]:
@@ -312,8 +350,10 @@ def wire_bytes(config: TrainConfig) -> dict[str, float]:
 
 
 def step_seconds(config: TrainConfig, gpu: Gpu) -> dict[str, float]:
-    """What a step is predicted to take, in s a device: "matrices", "attention", "memory" (all that is no product), "optimizer",
-    and beside them "wire" and "host", which travel while others compute; "step" is what is longest, forward and backward.
+    """What a step is predicted to take, in s a device: "matrices", "attention", "memory" (all that is no product), "optimizer"
+    (with its host traffic), "stream" (parameters to the layers and gradients from them, not hidden: XLA starts many of these
+    copies where they are needed), and beside them "wire" and "host" (activations), which travel while others compute; "step" is
+    what is longest, forward and backward.
     """
     model, memory, n, size = config.model, config.memory, config.mesh.size, _itemsize(config.model)
     sizes = {"batch_size": config.data.batch_size, "seq_len": config.data.seq_len}
@@ -330,16 +370,18 @@ def step_seconds(config: TrainConfig, gpu: Gpu) -> dict[str, float]:
     passes = size * tokens * (60 * model.embed_dim + 30 * model.mlp_dim) * model.num_layers
     total = sum(parameter_counts(model).values()) / (n if config.zero_stage else 1)
     update = 32 * total / gpu.hbm_bytes_per_s
-    moments = host_bytes(config)["optimizer"]
-    update += 2 * moments / gpu.host_bytes_per_s  # fetched, then written: a layer's update waits for both
+    crossing = host_traffic(config)
+    layers = crossing["parameters"] / 4 / gpu.host_bytes_per_s
+    # Fetched, then written: a layer's update waits for moments both ways, parameters both ways, gradients one.
+    update += crossing["optimizer"] / gpu.host_bytes_per_s + 3 * layers
     parts = {"matrices": matrices, "attention": attention, "memory": passes / gpu.hbm_bytes_per_s, "optimizer": update}
     wire = sum(wire_bytes(config).values()) / gpu.link_bytes_per_s
     sent = saved_bytes(config)[1] * config.accumulation / gpu.host_bytes_per_s
     compute = sum(parts.values()) - update
     forward = step_flops(model, **sizes, pairs=0) / 3 / n / gpu.gemm_flops + kernel / n / gpu.attention_flops
     forward += parts["memory"] / 4
-    step = max(max(forward, sent) + max(compute - forward, sent), wire) + update
-    return parts | {"wire": wire, "host": 2 * sent, "step": step}
+    step = max(max(forward, sent) + max(compute - forward, sent), wire) + update + 3 * layers
+    return parts | {"stream": 3 * layers, "wire": wire, "host": 2 * sent, "step": step}
 
 
 def _tokens(config: TrainConfig) -> float:

@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from ulysses_jax.attention.blocked import varying_like
 from ulysses_jax.config import LayerMemory, MemoryConfig, Save
 
-__all__ = ["HOST", "NAMES", "map_tiles", "rematerialize", "scan_layers", "stream_update"]
+__all__ = ["HOST", "NAMES", "map_tiles", "rematerialize", "scan_layers", "stream_update", "to_host"]
 
 type Tree = Any
 type Layer = Callable[[Array, Tree], Array]
@@ -71,7 +71,7 @@ def rematerialize(layer: Layer, policy: LayerMemory) -> Layer:
     if policy.offload:
         # The input is marked inside the body: to mark the scan's own carry would silently send nothing (jax#23869).
         what = policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=[],
+            names_which_can_be_saved=["layer_input_here"],
             names_which_can_be_offloaded=["layer_input", *keep],
             offload_src="device",
             offload_dst=HOST,
@@ -80,7 +80,11 @@ def rematerialize(layer: Layer, policy: LayerMemory) -> Layer:
         what = policies.save_only_these_names(*keep)
 
     def marked(x: Array, stored: Tree) -> Array:
-        return layer(checkpoint_name(x, "layer_input"), stored)
+        cut = round(policy.offload * x.shape[1])
+        if not 0 < cut < x.shape[1]:
+            return layer(checkpoint_name(x, "layer_input"), stored)
+        away, here = checkpoint_name(x[:, :cut], "layer_input"), checkpoint_name(x[:, cut:], "layer_input_here")
+        return layer(jnp.concatenate([away, here], axis=1), stored)
 
     return jax.checkpoint(marked, policy=what, prevent_cse=False)  # a scan's body is one region already
 
@@ -127,24 +131,27 @@ def _from_tiles(tiles: Array, like: Array) -> Array:
 
 
 def stream_update(
-    optimizer: optax.GradientTransformation, grads: Tree, state: Tree, params: Tree, *, stacked: str = "layers"
+    optimizer: optax.GradientTransformation, grads: Tree, state: Tree, params: Tree, *, scale: Array, stacked: str = "layers"
 ) -> tuple[Tree, Tree]:
     """`optimizer`'s update with its state on the host: (new parameters, new state), in place, a layer at a time.
 
     The device holds one layer's state, and that of the parts that are no layers. The optimizer has to treat each element
-    alone, given the step (AdamW, Lion, SGD); a norm over all of them has to be applied to `grads` before.
+    alone, given the step (AdamW, Lion, SGD); a norm over all of them has to be in `scale`.
 
     Args:
-      grads: shaped like `params`, on the device.
+      grads: shaped like `params`, on the device or the host.
       state: the optimizer's, its arrays on the host, its scalars on the device.
-      params: on the device; under the key `stacked`, parameters with a leading dim of layers.
+      params: on the device or the host, where they stay; under the key `stacked`, parameters with a leading dim of layers.
+      scale: of the gradients.
     """
 
     def update(grads: Tree, state: Tree, params: Tree) -> tuple[Tree, Tree]:
-        updates, after = optimizer.update(grads, _move(state, jax.memory.Space.Device), params)
-        return optax.apply_updates(params, updates), _move(after, jax.memory.Space.Host)
+        fetched, before = _fetch(params), _fetch(state)
+        updates, after = optimizer.update(jax.tree.map(lambda g: g * scale, _fetch(grads)), before, fetched)
+        new = optax.apply_updates(fetched, updates)
+        return jax.tree.map(lambda x, was: to_host(x) if _on_host(was) else x, new, params), to_host(after)
 
-    state = _move(state, jax.memory.Space.Host)  # where it is: said for devices that do not know their memories
+    state = to_host(state)  # where it is: said for devices that do not know their memories
     (g, s, p), others = ([_part(x, stacked, inside) for x in (grads, state, params)] for inside in (True, False))
 
     def one(carry: tuple[Tree, Tree], i: Array) -> tuple[tuple[Tree, Tree], None]:
@@ -162,9 +169,17 @@ def stream_update(
     return _join(p, other_params, stacked), _join(s, other_state, stacked)
 
 
-def _move(tree: Tree, space: Any) -> Tree:
-    """Arrays to a memory; scalars stay on the device."""
-    return jax.tree.map(lambda x: x if x.ndim == 0 else jax.device_put(x, space), tree)
+def to_host(tree: Tree) -> Tree:
+    """Arrays to the host's memory, or said to be there; scalars stay on the device."""
+    return jax.tree.map(lambda x: x if x.ndim == 0 else jax.device_put(x, jax.memory.Space.Host), tree)
+
+
+def _fetch(tree: Tree) -> Tree:
+    return jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Device) if _on_host(x) else x, tree)
+
+
+def _on_host(x: Array) -> bool:
+    return jax.typeof(x).memory_space == jax.memory.Space.Host
 
 
 def _part(tree: Tree, stacked: str, inside: bool) -> Tree:

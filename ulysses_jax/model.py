@@ -12,6 +12,7 @@ F mlp_dim, V vocab_size, L layers.
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -109,7 +110,8 @@ class Attention(nnx.Module):
     ) -> tuple[Array, Array]:
         """x, and y [B, T, D] with what the heads of `weights` add to it; between the projections all is [G, B, T, n, H]."""
         config = self.config
-        x, (q, k, v) = _project(x, tuple(weights[name] for name in ("query", "key", "value")))
+        projections = tuple(weights[name] for name in ("query", "key", "value"))
+        x, (q, k, v) = _project(x, projections, config.head_chunks > 1)
         if config.projection_bias:
             q, k, v = (y + weights[f"{name}_bias"] for y, name in ((q, "query"), (k, "key"), (v, "value")))
         if config.qk_norm:
@@ -130,7 +132,7 @@ class Attention(nnx.Module):
             attend = functools.partial(attend, sinks=weights["sink_bias"] if len(q) > 1 else weights["sink_bias"][0])
         z = attend(q, k, v) if len(q) > 1 else attend(q[0], k[0], v[0])[None]
         z = checkpoint_name(z, "attention_exchanged")
-        return x, _contract(y, z, weights["out"])
+        return x, _contract(y, z, weights["out"], config.head_chunks > 1)
 
 
 # The output's product contracts groups too, and so does the gradient of the projections. Of two groups it is the sum of two
@@ -163,13 +165,20 @@ def _flat(y: Array) -> Array:
     return y.reshape(len(y), -1, y.shape[-2] * y.shape[-1])
 
 
-@jax.custom_vjp
-def _project(x: Array, weights: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
+def _project(x: Array, weights: tuple[Array, ...], one_by_one: bool = False) -> tuple[Array, tuple[Array, ...]]:
     """[B, T, D] × each [D, G, n, H] → [G, B, T, n, H].
 
     Also x, for whoever else reads it: its gradient then comes in here and all products are added to it in place. Left to
-    autodiff each would be an array [G, B, T, D].
+    autodiff each would be an array [G, B, T, D]. Where a product does not add in place, XLA may keep all of them for one sum;
+    `one_by_one` has each added before the next is made.
     """
+    projected: Any = _projected(x, weights, one_by_one)
+    return projected
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _projected(x: Array, weights: tuple[Array, ...], one_by_one: bool) -> tuple[Array, tuple[Array, ...]]:
+    del one_by_one
 
     def one(w: Array) -> Array:
         D, G, n, H = w.shape
@@ -178,35 +187,49 @@ def _project(x: Array, weights: tuple[Array, ...]) -> tuple[Array, tuple[Array, 
     return x, tuple(map(one, weights))
 
 
-def _project_backward(saved: tuple[Array, tuple[Array, ...]], gradients: tuple[Array, tuple[Array, ...]]):
+def _project_backward(one_by_one: bool, saved: tuple[Array, tuple[Array, ...]], gradients: tuple[Array, tuple[Array, ...]]):
     (x, weights), (d_x, d_ys), d_weights = saved, gradients, []
     for w, d_y in zip(weights, d_ys, strict=True):
         D, G, n, H = w.shape
         if G <= SUMMED:
             d_w = _each_group("td,gth->dgh", x.reshape(-1, D), _flat(d_y))
-            products = [d @ w[:, g].reshape(D, n * H).T for g, d in enumerate(_flat(d_y))]
+            factors = [(d, w[:, g].reshape(D, n * H)) for g, d in enumerate(_flat(d_y))]
         else:
             d_y = jnp.moveaxis(d_y, 0, 2).reshape(-1, G * n * H)  # written so by RoPE's gradient, where there is one
             d_w = x.reshape(-1, D).T @ d_y
-            products = [d_y @ w.reshape(D, -1).T]
+            factors = [(d_y, w.reshape(D, -1))]
         d_weights.append(d_w.reshape(w.shape))
-        for product in products:
-            d_x += product.reshape(x.shape)
+        for d, own in factors:
+            if one_by_one and d_weights[1:]:  # not the first, which may be added to zeros
+                d_x, d = lax.optimization_barrier((d_x, d))
+            d_x += (d @ own.T).reshape(x.shape)
     return d_x, tuple(d_weights)
 
 
-@jax.custom_vjp
-def _contract(y: Array, z: Array, w: Array) -> Array:
-    """y [B, T, D] + [G, B, T, n, H] × [G, n, H, D], summed over heads and groups; its gradient writes each group in place."""
+def _contract(y: Array, z: Array, w: Array, one_by_one: bool = False) -> Array:
+    """y [B, T, D] + [G, B, T, n, H] × [G, n, H, D], summed over heads and groups; its gradient writes each group in place.
+
+    `one_by_one` as in `_project`.
+    """
+    contracted: Any = _contracted(y, z, w, one_by_one)
+    return contracted
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _contracted(y: Array, z: Array, w: Array, one_by_one: bool) -> Array:
     G, n, H, D = w.shape
     if G <= SUMMED:
-        products = [z @ w.reshape(n * H, D) for z, w in zip(_flat(z), w, strict=True)]
+        factors = [(z, w.reshape(n * H, D)) for z, w in zip(_flat(z), w, strict=True)]
     else:
-        products = [jnp.moveaxis(z, 0, 2).reshape(-1, G * n * H) @ w.reshape(-1, D)]
-    return functools.reduce(jnp.add, (product.reshape(y.shape) for product in products), y)
+        factors = [(jnp.moveaxis(z, 0, 2).reshape(-1, G * n * H), w.reshape(-1, D))]
+    for i, (own, w) in enumerate(factors):
+        if one_by_one and i:
+            y, own = lax.optimization_barrier((y, own))
+        y += (own @ w).reshape(y.shape)
+    return y
 
 
-def _contract_backward(saved: tuple[Array, Array], d_y: Array) -> tuple[Array, Array, Array]:
+def _contract_backward(one_by_one: bool, saved: tuple[Array, Array], d_y: Array) -> tuple[Array, Array, Array]:
     z, w = saved
     G, n, H, D = w.shape
     flat = d_y.reshape(-1, D)
@@ -214,8 +237,8 @@ def _contract_backward(saved: tuple[Array, Array], d_y: Array) -> tuple[Array, A
     return d_y, d_z.reshape(z.shape), _each_group("td,gth->ghd", flat, _flat(z)).reshape(w.shape)
 
 
-_project.defvjp(lambda x, weights: (_project(x, weights), (x, weights)), _project_backward)
-_contract.defvjp(lambda y, z, w: (_contract(y, z, w), (z, w)), _contract_backward)
+_projected.defvjp(lambda x, weights, one_by_one: (_projected(x, weights, one_by_one), (x, weights)), _project_backward)
+_contracted.defvjp(lambda y, z, w, one_by_one: (_contracted(y, z, w, one_by_one), (z, w)), _contract_backward)
 
 
 class MLP(nnx.Module):

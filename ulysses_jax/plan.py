@@ -30,7 +30,7 @@ from ulysses_jax import costs
 from ulysses_jax.config import DataConfig, MemoryConfig, MeshConfig, ModelConfig, TrainConfig, from_dict, to_dict
 from ulysses_jax.memory import HOST
 from ulysses_jax.mesh import DATA, SEQ
-from ulysses_jax.train import Program, batch_shapes, build
+from ulysses_jax.train import LAYERS, Program, batch_shapes, build
 
 __all__ = ["Crossing", "Plan", "absent_mesh", "certify", "compile_for", "ledger", "longest_plan", "make_plan"]
 
@@ -175,6 +175,11 @@ class Plan:
         return costs.wire_bytes(self.config)
 
     @property
+    def host_traffic(self) -> dict[str, float]:
+        """bytes between the device and the host in a step, by part; their time is at `gpu.host_bytes_per_s`"""
+        return costs.host_traffic(self.config)
+
+    @property
     def seconds(self) -> dict[str, float]:
         """of a step, by part; "step" is the whole"""
         return costs.step_seconds(self.config, self.gpu)
@@ -186,6 +191,7 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Everything, for JSON."""
         parts = {"device_bytes": self.device, "host_bytes": self.host, "wire_bytes": self.wire, "seconds": self.seconds}
+        parts |= {"host_traffic_bytes": self.host_traffic, "host_bytes_per_s": self.gpu.host_bytes_per_s}
         return {
             "gpu": self.gpu.name,
             "memory_bytes": self.gpu.memory_bytes,
@@ -203,10 +209,13 @@ def policies(num_layers: int) -> Iterator[MemoryConfig]:
         for f in (1, 0.5, 0.25)
     ]
     kinds += [{"save": "attention", "save_layers": f} for f in (1, 0.75, 0.5, 0.25)] + [{"save": "inputs"}]
-    for kind, sent, tile, optimizer in itertools.product(kinds, (0, 0.25, 0.5, 0.75, 1), (None, 8192), (False, True)):
+    states = ((False, False), (True, False), (True, True))
+    for kind, sent, tile, (optimizer, params) in itertools.product(kinds, (0, 0.25, 0.5, 0.75, 1), (None, 8192), states):
         if tile and kind["save"] == "products":
             continue
-        memory = MemoryConfig(**kind, offload_layers=sent, mlp_tile=tile, offload_optimizer=optimizer)
+        if params and (kind.get("save_layers", 1) != 1 or (sent not in (0, 1) and kind["save"] != "inputs")):
+            continue
+        memory = MemoryConfig(**kind, offload_layers=sent, mlp_tile=tile, offload_optimizer=optimizer, offload_params=params)
         try:
             memory.group(num_layers)
         except ValueError:  # a fraction that this depth does not have
@@ -292,7 +301,9 @@ def compile_for(program: Program, **options: Any) -> jax.stages.Compiled:
         from jax._src.lib.mlir import ir  # pyright: ignore[reportPrivateImportUsage]
 
         paths = jax.tree_util.tree_leaves_with_path((program.abstract, batch))
-        kinds = [HOST if x.ndim and "opt_state" in jax.tree_util.keystr(path) else "device" for path, x in paths]
+        away = ("opt_state", f"params.{LAYERS}") if program.config.memory.offload_params else ("opt_state",)
+        names = [jax.tree_util.keystr(path[1:], simple=True, separator=".") for path, _ in paths]
+        kinds = [HOST if x.ndim and name.startswith(away) else "device" for name, (_, x) in zip(names, paths, strict=True)]
         module: Any = lowered.compiler_ir()
         main = next(op for op in module.body.operations if op.attributes["sym_name"].value == "main")
         with module.context:

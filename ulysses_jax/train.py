@@ -28,7 +28,7 @@ from ulysses_jax.attention import check_platform, make_mask
 from ulysses_jax.attention.blocked import varying_like
 from ulysses_jax.config import MemoryConfig, OptimizerConfig, TrainConfig
 from ulysses_jax.data import END, Corpus, Packing, byte_entropy, open_corpus, place, read_ahead
-from ulysses_jax.memory import HOST, stream_update
+from ulysses_jax.memory import HOST, stream_update, to_host
 from ulysses_jax.mesh import DATA, RING, SEQ, make_mesh, token_order, token_spec
 from ulysses_jax.model import Transformer
 from ulysses_jax.report import claim, conclude, describe, draw_losses, read_metrics, read_summary, reporting
@@ -37,6 +37,8 @@ from ulysses_jax.ulysses import ShardAttention
 from ulysses_jax.zero import Stored, Unshard, hold, zero_shardings
 
 __all__ = ["Program", "batch_shapes", "build", "compiler_options", "make_optimizer", "run", "token_losses"]
+
+LAYERS = "layers"
 
 type Tree = Any
 type State = dict[str, Tree]
@@ -87,23 +89,23 @@ def build(config: TrainConfig, mesh: Mesh) -> Program:
         shapes["params"], shapes["opt_state"], mesh=mesh, stage=config.zero_stage
     )
     update_at = zero_shardings(shapes["params"], (), mesh=mesh, stage=3 if config.zero_stage else 0)[0]
-    state_at = {"params": params_at, "opt_state": opt_at, "step": whole}
-    if on_host:  # and say "device" of all the rest: jax ignores the kinds of memory where one is not named
-        device = jax.tree.map(lambda at: at.with_memory_kind("device"), state_at)
-        state_at = device | {"opt_state": jax.tree.map(_placed, opt_at, shapes["opt_state"])}
-        whole = whole.with_memory_kind("device")
-    loss_and_grads = _on_mesh(_loss_and_grads, config, mesh, graph, parts, (PartitionSpec(), _specs(grads_at), PartitionSpec()))
+    state_at = _places({"params": params_at, "opt_state": opt_at, "step": whole}, shapes, config.memory)
+    scalar = PartitionSpec()
+    loss_and_grads = _on_mesh(_loss_and_grads, config, mesh, graph, parts, (scalar, _specs(grads_at), scalar, scalar))
 
     def step(state: State, batch: dict[str, Array]) -> tuple[State, dict[str, Array]]:
-        loss, grads, tokens = loss_and_grads(state["params"], batch)
+        loss, grads, tokens, squares = loss_and_grads(state["params"], batch)
         # The update runs where the optimizer's state lies; a stage that keeps parameters whole gathers the result.
-        grads, params = (lax.with_sharding_constraint(x, update_at) for x in (grads, state["params"]))
-        update = _update_on_host if on_host else _update
-        params, opt_state = update(config, grads, state["opt_state"], params)
-        params = lax.with_sharding_constraint(params, update_at)
+        grads, params = (_constrain(x, update_at, config.memory) for x in (grads, state["params"]))
+        norm = _norm(grads, squares)
+        if on_host:
+            params, opt_state = _update_on_host(config, grads, norm, state["opt_state"], params)
+        else:
+            params, opt_state = _update(config, grads, state["opt_state"], params)
+        params = _constrain(params, update_at, config.memory)
         metrics = {
             "loss": loss,
-            "grad_norm": optax.tree.norm(grads),
+            "grad_norm": norm,
             "learning_rate": jnp.asarray(schedule(state["step"])),
             "tokens": tokens,
         }
@@ -115,9 +117,12 @@ def build(config: TrainConfig, mesh: Mesh) -> Program:
         abstract=jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, state_at),
         init=_first_on_host(init, shapes, state_at) if on_host else jax.jit(init, out_shardings=state_at),
         step=jax.jit(
-            step, donate_argnums=0, out_shardings=(state_at, whole), compiler_options=compiler_options(config.memory, mesh)
+            step,
+            donate_argnums=0,
+            out_shardings=(state_at, state_at["step"]),
+            compiler_options=compiler_options(config.memory, mesh),
         ),
-        gradients=jax.jit(loss_and_grads),
+        gradients=jax.jit(lambda params, batch: loss_and_grads(params, batch)[:3]),
         evaluate=jax.jit(_on_mesh(_summed_loss, config, mesh, graph, parts, (PartitionSpec(), PartitionSpec()))),
     )
 
@@ -138,13 +143,31 @@ def _update(config: TrainConfig, grads: Tree, opt_state: Tree, params: Tree) -> 
     return optax.apply_updates(params, updates), opt_state
 
 
-def _update_on_host(config: TrainConfig, grads: Tree, opt_state: Tree, params: Tree) -> tuple[Tree, Tree]:
+def _update_on_host(config: TrainConfig, grads: Tree, norm: Array, opt_state: Tree, params: Tree) -> tuple[Tree, Tree]:
     """`_update` where the moments wait on the host: clipped by the norm of all, then a layer at a time."""
-    norm, most = optax.tree.norm(grads), config.optimizer.clip_norm
-    clipped = jax.tree.map(lambda g: g * jnp.where(norm < most, 1, most / norm), grads)
+    most = config.optimizer.clip_norm
     adamw = _adamw(config.optimizer, make_optimizer(config.optimizer, config.steps)[1])
-    params, inner = stream_update(adamw, clipped, opt_state[1], params)
+    scale = jnp.where(norm < most, 1, most / norm)
+    params, inner = stream_update(adamw, grads, opt_state[1], _host_layers(params, config.memory), scale=scale)
     return params, (opt_state[0], inner)
+
+
+def _host_layers(params: Tree, memory: MemoryConfig) -> Tree:
+    """Parameters, the layers' said to be on the host where they are: for devices that do not know their memories."""
+    return params | {LAYERS: to_host(params[LAYERS])} if memory.offload_params else params
+
+
+def _constrain(tree: Tree, at: Tree, memory: MemoryConfig) -> Tree:
+    """Divided as said; what is on the host is already."""
+    here = tree.keys() - {LAYERS} if memory.offload_params else tree.keys()
+    return tree | {name: lax.with_sharding_constraint(tree[name], at[name]) for name in here}
+
+
+def _norm(grads: Tree, squares: Array | None) -> Array:
+    """√Σg² over all parameters: of those on the host the `squares` were added up when they left."""
+    if squares is None:
+        return optax.tree.norm(grads)
+    return jnp.sqrt(squares + optax.tree.norm({k: v for k, v in grads.items() if k != LAYERS}, squared=True))
 
 
 def compiler_options(memory: MemoryConfig, mesh: Mesh) -> dict[str, bool | int | str] | None:
@@ -160,6 +183,17 @@ def compiler_options(memory: MemoryConfig, mesh: Mesh) -> dict[str, bool | int |
         return None
     limit = 400 if memory.offload_layers or memory.offload_optimizer else 100
     return {"xla_disable_hlo_passes": "rematerialization", "xla_gpu_memory_limit_slop_factor": limit}
+
+
+def _places(at: State, shapes: State, memory: MemoryConfig) -> State:
+    """The state's shardings with the kinds of memory: where one is named all have to be, or jax ignores them."""
+    if not memory.offload_optimizer:
+        return at
+    placed = jax.tree.map(lambda x: x.with_memory_kind("device"), at)
+    placed["opt_state"] = jax.tree.map(_placed, at["opt_state"], shapes["opt_state"])
+    if memory.offload_params:
+        placed["params"] |= {LAYERS: jax.tree.map(_placed, at["params"][LAYERS], shapes["params"][LAYERS])}
+    return placed
 
 
 def _placed(at: NamedSharding, x: jax.ShapeDtypeStruct) -> NamedSharding:
@@ -432,21 +466,27 @@ def _on_mesh(local: Callable, config: TrainConfig, mesh: Mesh, graph, parts: tup
     params_at, grads_at, _ = parts
 
     def on_one_device(params: Tree, batch: dict[str, Array]):
-        return local(config, graph, hold(params, params_at, grads_at), batch)
+        return local(config, graph, hold(_host_layers(params, config.memory), params_at, grads_at), batch)
 
     return jax.shard_map(on_one_device, mesh=mesh, in_specs=(_specs(params_at), token_spec(mesh)), out_specs=out_specs)
 
 
-def _loss_and_grads(config: TrainConfig, graph, stored: Tree, batch: dict[str, Array]) -> tuple[Array, Tree, Array]:
-    """(mean loss over the labels of the global batch, its gradient, their number), micro-batch by micro-batch.
+def _loss_and_grads(
+    config: TrainConfig, graph, stored: Tree, batch: dict[str, Array]
+) -> tuple[Array, Tree, Array, Array | None]:
+    """(mean loss over the labels of the global batch, its gradient, their number, Σg² of gradients on the host), micro-batch by
+    micro-batch.
 
     The mean is one sum over one count. Each device differentiates its own share of it; `Unshard` adds the shares up.
     """
     tokens = lax.psum(batch["weights"].sum(), _axes(config))
-    pieces = jax.tree.map(lambda x: x.piece, stored, is_leaf=_is_stored)
+    pieces = jax.tree.map(lambda x: (x.piece, x.squares), stored, is_leaf=_is_stored)
 
     def share(pieces: Tree, micro: dict[str, Array]) -> Array:
-        held = jax.tree.map(lambda x, piece: dataclasses.replace(x, piece=piece), stored, pieces, is_leaf=_is_stored)
+        def own(x: Stored, new: tuple[Array, Array | None]) -> Stored:
+            return dataclasses.replace(x, piece=new[0], squares=new[1])
+
+        held = jax.tree.map(own, stored, pieces, is_leaf=_is_stored)
         return _local_loss(config, nnx.merge(graph, held), micro) / jnp.maximum(tokens, 1)
 
     def add(total: tuple[Array, Tree], micro: dict[str, Array]) -> tuple[tuple[Array, Tree], None]:
@@ -459,7 +499,14 @@ def _loss_and_grads(config: TrainConfig, graph, stored: Tree, batch: dict[str, A
         zeros = jax.tree.map(lambda x: varying_like(jnp.zeros(x.shape, x.dtype), x), pieces)
         start = varying_like(jnp.zeros((), jnp.float32), batch["weights"])
         (loss, grads), _ = lax.scan(add, (start, zeros), micros)
-    return lax.psum(loss, _axes(config)), grads, tokens
+
+    def squared(x: Stored, new: tuple[Array, Array | None]) -> Array | None:
+        """over all devices: of pieces each has its own, of what is not divided all have the same"""
+        return None if new[1] is None else new[1].sum() if x.dim is None else lax.psum(new[1].sum(), x.axes)
+
+    squares = jax.tree.leaves(jax.tree.map(squared, stored, grads, is_leaf=_is_stored))
+    grads = jax.tree.map(lambda _, new: new[0], stored, grads, is_leaf=_is_stored)
+    return lax.psum(loss, _axes(config)), grads, tokens, jnp.stack(squares).sum() if squares else None
 
 
 def _summed_loss(config: TrainConfig, graph, stored: Tree, batch: dict[str, Array]) -> tuple[Array, Array]:

@@ -81,7 +81,7 @@ def divided_dim(path: tuple, shape: tuple[int, ...], devices: int, stacked: str 
     return next((i for i in dims if shape[i] and shape[i] % devices == 0), None)
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["piece", "whole"], meta_fields=["dim", "axes"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["piece", "whole", "squares"], meta_fields=["dim", "axes"])
 @dataclasses.dataclass(frozen=True)
 class Stored:
     """A parameter as one device stores it, inside `shard_map`; a scan over layers slices it like an array.
@@ -89,12 +89,16 @@ class Stored:
     `piece` is differentiated: this device's 1/n where gradients are divided, everything where not. `whole` is the full
     parameter where the stage keeps one beside a divided gradient (stage 2). `dim`, counted from the end, is where the
     pieces join; None where there is nothing to join.
+
+    A piece that waits in the host's memory is fetched when it is used, and its gradient leaves for there at once. `squares` is
+    then a zero for each layer, whose "gradient" is the sum of the squares of that layer's gradient, taken as it leaves.
     """
 
     piece: Array
     whole: Array | None
     dim: int | None
     axes: tuple[str, ...]
+    squares: Array | None = None
 
 
 def hold(params: Tree, param_shardings: Tree, grad_shardings: Tree) -> Tree:
@@ -116,7 +120,7 @@ def hold(params: Tree, param_shardings: Tree, grad_shardings: Tree) -> Tree:
     def one(x: Array, param: NamedSharding, grad: NamedSharding) -> Stored:
         axes, dim = grad.mesh.axis_names, _dim_of(grad, x.ndim)
         if dim is None or _dim_of(param, x.ndim) is not None:
-            return Stored(x, None, dim, axes)
+            return Stored(x, None, dim, axes, _zeros_for_squares(x, dim, axes))
         size = x.shape[dim] // grad.mesh.size
         return Stored(lax.dynamic_slice_in_dim(x, lax.axis_index(axes) * size, size, dim + x.ndim), x, dim, axes)
 
@@ -133,13 +137,14 @@ class Unshard:
         return jax.tree.map(self._one, stored, is_leaf=lambda x: isinstance(x, Stored))
 
     def _one(self, x: Stored) -> Array:
-        whole = x.piece if x.whole is None else x.whole
+        piece = x.piece if x.squares is None else _fetch(x.piece, x.squares)
+        whole = piece if x.whole is None else x.whole
         dtype = jnp.dtype(self.dtype) if whole.ndim >= 2 else whole.dtype
         if x.dim is None:  # differentiating the pcast sums the gradient over the devices, before any cast
-            return lax.pcast(x.piece, x.axes, to="varying").astype(dtype)
+            return lax.pcast(piece, x.axes, to="varying").astype(dtype)
         if x.whole is None:
-            return _gather(x.piece, dtype, x.dim, x.axes)
-        return _keep(x.piece, lax.pcast(x.whole, x.axes, to="varying"), dtype, x.dim, x.axes)
+            return _gather(piece, dtype, x.dim, x.axes)
+        return _keep(piece, lax.pcast(x.whole, x.axes, to="varying"), dtype, x.dim, x.axes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
@@ -167,6 +172,26 @@ _keep.defvjp(
     lambda piece, whole, dtype, dim, axes: (_keep(piece, whole, dtype, dim, axes), None),
     lambda dtype, dim, axes, _, gradient: (_scatter(gradient, dim, axes), None),
 )
+
+
+@jax.custom_vjp
+def _fetch(piece: Array, squares: Array) -> Array:
+    """A layer's piece, from the host; backward: its gradient to the host, and the sum of its squares on the way."""
+    return jax.device_put(piece, jax.memory.Space.Device)
+
+
+_fetch.defvjp(
+    lambda piece, squares: (_fetch(piece, squares), None),
+    lambda _, gradient: (jax.device_put(gradient, jax.memory.Space.Host), jnp.square(gradient).sum()),
+)
+
+
+def _zeros_for_squares(x: Array, dim: int | None, axes: tuple[str, ...]) -> Array | None:
+    """[L] for L layers of a parameter on the host, divided over devices as it is; None for others."""
+    if jax.typeof(x).memory_space != jax.memory.Space.Host:
+        return None
+    zeros = jnp.zeros(len(x), jnp.float32)
+    return zeros if dim is None else lax.pcast(zeros, axes, to="varying")
 
 
 def _dim_of(sharding: NamedSharding, ndim: int) -> int | None:
