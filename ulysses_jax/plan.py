@@ -29,7 +29,7 @@ from jax.sharding import AxisType, Mesh
 from ulysses_jax import costs
 from ulysses_jax.config import DataConfig, MemoryConfig, MeshConfig, ModelConfig, TrainConfig, from_dict, to_dict
 from ulysses_jax.memory import HOST
-from ulysses_jax.mesh import DATA, SEQ
+from ulysses_jax.mesh import DATA, RING, SEQ
 from ulysses_jax.train import LAYERS, Program, batch_shapes, build
 
 __all__ = ["Crossing", "Plan", "absent_mesh", "certify", "compile_for", "ledger", "longest_plan", "make_plan"]
@@ -280,14 +280,15 @@ _CHIPS = {
 }
 
 
-def absent_mesh(gpu: str, *, data: int = 1, seq: int = 1) -> Mesh:
-    """A training mesh of GPUs (`costs.GPUS`) that need not be there; needs jax's CUDA wheels."""
+def absent_mesh(gpu: str, *, data: int = 1, seq: int = 1, ring: int = 1) -> Mesh:
+    """`make_mesh` of GPUs (`costs.GPUS`) that need not be there; needs jax's CUDA wheels."""
     from jax.experimental import topologies
 
-    n, chip = data * seq, costs.GPUS[gpu]
+    n, chip = data * ring * seq, costs.GPUS[gpu]
     told = _TOPOLOGY.format(**_CHIPS[gpu], name=chip.name, memory=int(chip.memory_bytes / 0.8))
     topology = topologies.get_topology_desc(gpu, "cuda", target_config=told, topology=f"1x1x{n}")
-    return Mesh(np.array(topology.devices[:n]).reshape(data, seq), (DATA, SEQ), axis_types=(AxisType.Auto,) * 2)
+    sizes = {DATA: data, RING: ring, SEQ: seq} if ring > 1 else {DATA: data, SEQ: seq}
+    return Mesh(np.array(topology.devices[:n]).reshape(*sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def compile_for(program: Program, **options: Any) -> jax.stages.Compiled:
@@ -346,7 +347,7 @@ def _certificate(gpu: str, text: str) -> None:
     import time
 
     config = from_dict(json.loads(text))
-    program = build(config, absent_mesh(gpu, data=config.mesh.data, seq=config.mesh.seq))
+    program = build(config, absent_mesh(gpu, **dataclasses.asdict(config.mesh)))
     start = time.perf_counter()
     memory = compile_for(program).memory_analysis()
     assert memory is not None
