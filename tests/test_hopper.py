@@ -77,6 +77,36 @@ def test_interpreted_equals_the_oracle_and_has_no_races(name, monkeypatch):
     assert not errors_beyond(GRADIENT, gradients, attention_gradients(q, k, v, d_out, d_lse, **options))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("N", "K"), [(1, 1), (2, 1)])
+def test_a_last_round_cut_in_parts_equals_the_oracle(N, K, monkeypatch):
+    """On three multiprocessors four tiles leave one, whose keys, and in the backward queries, are cut in two. Parts weighted
+    alike, or a share of dQ that replaces the others', break it.
+    """
+    for name, value in (("MULTIPROCESSORS", 3), ("WORTH", 1)):
+        monkeypatch.setattr(schedule, name, value)
+    monkeypatch.setattr(hopper, "parts_of_group", lambda group, tiles: 1)
+    for cached in (schedule.dealt, schedule.in_order):
+        cached.cache_clear()
+    case = Case(B=1, T=512 // N, S=512, N=N, K=K, H=64)
+    assert schedule.last_round(4, case.T // 128, 4)[0] == schedule.last_round(4, 4, case.T // 64)[0] == 1
+    q, k, v, d_out, d_lse = case.arrays("bfloat16").values()
+    attend = functools.partial(
+        hopper_attention,
+        mask=make_mask(case.T, 512),
+        scale=case.H**-0.5,
+        interpret=plgpu.InterpretGPUParams(detect_races=True),
+    )
+    (out, lse), back = jax.vjp(attend, *map(jnp.asarray, (q, k, v)))
+    gradients = dict(zip(("dq", "dk", "dv"), back((jnp.asarray(d_out), jnp.asarray(d_lse))), strict=True))
+    want = attention(q, k, v, scale=case.H**-0.5)
+    assert not errors_beyond(OUTPUT, {"out": out}, {"out": want["out"]})
+    assert not errors_beyond(1e-5, {"lse": lse}, {"lse": want["lse"]})
+    assert not errors_beyond(GRADIENT, gradients, attention_gradients(q, k, v, d_out, d_lse, scale=case.H**-0.5))
+    for cached in (schedule.dealt, schedule.in_order):
+        cached.cache_clear()
+
+
 @pytest.fixture
 def two_multiprocessors(monkeypatch):
     """In place of 132, so that each block of a small case works off several tiles; gives the orders that are met."""

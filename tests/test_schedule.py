@@ -46,3 +46,23 @@ def test_the_order_of_tiles_keeps_the_multiprocessors_busy(heads, tiles, megabyt
 @pytest.mark.parametrize(("group", "tiles", "parts"), [(8, 64, 4), (4, 256, 1), (8, 1024, 1), (1, 64, 1), (6, 32, 6)])
 def test_heads_that_read_one_kv_head_are_dealt_where_few_tiles_leave_many_kv_heads_at_work_at_once(group, tiles, parts):
     assert schedule.parts_of_group(group, tiles) == parts
+
+
+@pytest.mark.parametrize(
+    ("items", "tiles", "steps", "left"),
+    [
+        (4096, 64, 64, (4, 32)),
+        (4096, 256, 256, (4, 32)),
+        (8192, 1024, 1024, (8, 16)),
+        (4092, 64, 64, (0, 1)),
+        (100, 64, 64, (0, 1)),
+    ],
+)
+def test_what_is_left_after_whole_rounds_is_cut_so_that_all_share_it(items, tiles, steps, left):
+    """Parts that do not divide the steps, or more than there are multiprocessors, break it."""
+    assert schedule.last_round(items, tiles, steps) == left
+
+
+def test_tiles_that_are_left_are_nobodys():
+    items = schedule.dealt(2, 70, 1 << 20, (5,) * 70, 3).items
+    assert sorted(items[items >= 0].tolist()) == list(range(2 * 70 - 3))

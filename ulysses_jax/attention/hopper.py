@@ -38,8 +38,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ulysses_jax.attention.blocked import varying_like
-from ulysses_jax.attention.masks import Mask, tile_ranges
-from ulysses_jax.attention.schedule import MULTIPROCESSORS, Order, dealt, handfuls, in_order, parts_of_group
+from ulysses_jax.attention.masks import Mask, make_mask, tile_ranges
+from ulysses_jax.attention.schedule import MULTIPROCESSORS, Order, dealt, handfuls, in_order, last_round, parts_of_group
 
 __all__ = ["HEAD_DIMS", "Tiling", "hopper_attention", "hopper_attention_backward", "hopper_lacks"]
 
@@ -184,7 +184,7 @@ def _backward(options: _Options, q, k, v, mask: Mask, out, lse, d_out, d_lse) ->
     delta = jnp.einsum("btnh,btnh->bnt", d_out, out, preferred_element_type=jnp.float32) - d_lse
     # In base 2, and +inf where nothing was seen: exp2(x − inf) = 0.
     lse2 = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2E)
-    gradients = functools.partial(_keys_kernel, options, q, k, v, d_out.astype(q.dtype), lse2, delta, mask)
+    gradients = functools.partial(_by_keys, options, q, k, v, d_out.astype(q.dtype), lse2, delta, mask)
     tilings = HEAD_DIMS[q.shape[-1]]
     if tilings.fused and not options.deterministic:
         dq, dk, dv = gradients({"dq", "dk", "dv"})
@@ -307,14 +307,14 @@ def _each_item(items, body: Callable, carry):
     return lax.fori_loop(i32(0), _count(items), body, carry)
 
 
-def _order_of_queries(mask: Mask, heads: int, tiles: int, key_bytes: int, rows: int, step: int, lists) -> Order:
-    """How the forward's blocks share out the tiles of queries; `key_bytes` are those of a head's K and V."""
+def _order_of_queries(mask: Mask, heads: int, tiles: int, key_bytes: int, rows: int, step: int, lists, left: int) -> Order:
+    """How the forward's blocks share out the tiles of queries but the last `left`; `key_bytes` are of a head's K and V."""
     weights = _steps_known(mask, rows, step, lists)
     if weights is None:
         if heads * tiles >= 8 * MULTIPROCESSORS:
             return handfuls(heads, tiles, key_bytes)
         return Order(in_order(heads, tiles, key_bytes, heaviest_last=True).reshape(-1, 1), known=False)
-    return dealt(heads, tiles, key_bytes, weights)
+    return dealt(heads, tiles, key_bytes, weights, left)
 
 
 def _steps_known(mask: Mask, tile: int, step: int, lists) -> tuple[int, ...] | None:
@@ -329,6 +329,10 @@ def _steps_known(mask: Mask, tile: int, step: int, lists) -> tuple[int, ...] | N
     last = np.minimum(start + tile, mask.query_length) - 1 + (0 if mask.is_causal else right)
     steps = np.minimum(last, mask.key_length - 1) // step - np.maximum(start - left, 0) // step + 1
     return tuple(np.maximum(steps, 1).tolist())
+
+
+def _hides_nothing(mask: Mask) -> bool:
+    return _is_known(mask) and not mask.is_causal and mask.window is None
 
 
 def _is_known(mask: Mask) -> bool:
@@ -354,6 +358,25 @@ def _hide(x: Array, ranges: tuple[Array, ...], column) -> Array:
 
 
 def _forward(options: _Options, q: Array, k: Array, v: Array, mask: Mask) -> tuple[Array, Array]:
+    """(out, lse); where all tiles take equally long, the last few are cut along their keys and shared by all (`last_round`)."""
+    (B, T, N, H), S = q.shape, k.shape[1]
+    rows, block, left, parts = 2 * WARPGROUP_ROWS, HEAD_DIMS[H].forward.block, 0, 1
+    if HEAD_DIMS[H].persistent and _hides_nothing(mask) and T % rows == 0 and S % block == 0:
+        left, parts = last_round(B * N * (T // rows), T // rows, S // block)
+    out, lse = _forward_tiles(options, q, k, v, mask, left)
+    if left:
+        last = slice(T - left * rows, T)
+        q = jnp.broadcast_to(q[-1:, last, -1:], (parts, left * rows, 1, H))
+        k, v = (x[-1, :, -1].reshape(parts, S // parts, 1, H) for x in (k, v))
+        some, lses = _forward_tiles(options, q, k, v, make_mask(left * rows, S // parts))
+        whole = jax.nn.logsumexp(lses, axis=0)
+        merged = (some * jnp.exp(lses - whole).swapaxes(1, 2)[..., None]).sum(0)[:, 0]
+        out, lse = out.at[-1, last, -1].set(merged.astype(out.dtype)), lse.at[-1, -1, last].set(whole[0])
+    return out, lse
+
+
+def _forward_tiles(options: _Options, q: Array, k: Array, v: Array, mask: Mask, left: int = 0) -> tuple[Array, Array]:
+    """(out, lse), without the last `left` tiles of the last head."""
     B, T, N, H = q.shape
     group = N // k.shape[2]
     tilings = HEAD_DIMS[H]
@@ -366,7 +389,7 @@ def _forward(options: _Options, q: Array, k: Array, v: Array, mask: Mask) -> tup
     lists = _key_lists(mask, rows, block, masked_steps)
     key_bytes = 2 * k.nbytes // (B * N)
     if tilings.persistent:
-        order = _order_of_queries(mask, B * N, tiles, key_bytes, rows, block, lists)
+        order = _order_of_queries(mask, B * N, tiles, key_bytes, rows, block, lists, left)
     else:
         order = Order(in_order(B * N, tiles, key_bytes, heaviest_last=True).reshape(-1, 1), _is_known(mask))
     walk = _Walk.of(mask.live_keys(), rows, block, order, N, lists)
@@ -650,10 +673,33 @@ def _queries_kernel(options: _Options, q, k, v, d_out, lse2, delta, mask: Mask) 
     return dq[:, :T]
 
 
-def _keys_kernel(
+def _by_keys(
     options: _Options, q, k, v, d_out, lse2, delta, mask: Mask, wanted: set[str]
 ) -> tuple[Array | None, Array | None, Array | None]:
-    """(dQ, dK, dV), those of `wanted`; products are transposed: rows are keys, columns queries.
+    """(dQ, dK, dV), those of `wanted`; where all tiles take equally long, the last few are cut along their queries."""
+    (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
+    rows, block, left, parts = 2 * WARPGROUP_ROWS, HEAD_DIMS[H].keys.block, 0, 1
+    if _hides_nothing(mask) and T % block == 0 and S % rows == 0 and parts_of_group(N // K, S // rows) == 1:
+        left, parts = last_round(B * K * (S // rows), S // rows, T // block)
+    found = _keys_kernel(options, q, k, v, d_out, lse2, delta, mask, wanted, left)
+    if not left:
+        return found
+    last, heads, length = slice(S - left * rows, S), slice(N - N // K, N), T // parts
+    queries = (x[-1, :, heads].reshape(parts, length, -1, H) for x in (q, d_out))
+    keys = (jnp.broadcast_to(x[-1:, last, -1:], (parts, left * rows, 1, H)) for x in (k, v))
+    statistics = (x[-1, heads].reshape(-1, parts, length).swapaxes(0, 1) for x in (lse2, delta))
+    (q, d_out), (k, v), (lse2, delta) = queries, keys, statistics
+    dq, *more = _keys_kernel(options, q, k, v, d_out, lse2, delta, make_mask(length, left * rows), wanted)
+    whole = None if dq is None else cast(Array, found[0]).at[-1, :, heads].add(dq.reshape(T, -1, H))
+    sums = (None if x is None else x.sum(0, dtype=jnp.float32)[:, 0].astype(x.dtype) for x in more)
+    return whole, *(None if x is None else cast(Array, y).at[-1, last, -1].set(x) for x, y in zip(sums, found[1:], strict=True))
+
+
+def _keys_kernel(
+    options: _Options, q, k, v, d_out, lse2, delta, mask: Mask, wanted: set[str], left: int = 0
+) -> tuple[Array | None, Array | None, Array | None]:
+    """(dQ, dK, dV), those of `wanted`, without the last `left` tiles of keys of the last head's share; products are transposed:
+    rows are keys, columns queries.
 
     Where dQ is wanted, each warpgroup computes the dS of its own keys and they meet in shared memory. With heads of 128 each
     then computes half of dQ's columns from the dS of both; with heads of 64 all columns from its own dS, which needs no
@@ -669,7 +715,8 @@ def _keys_kernel(
     group = N // K
     known = _is_known(mask)  # then, if causal, the first tile is the heaviest
     # A head's queries and cotangents in 16 bits, and dQ in 32, are what all its tiles of keys share.
-    order = Order(in_order(B * K, tiles, 4 * q.nbytes // (B * K), heaviest_last=not known).reshape(-1, 1), known)
+    order = in_order(B * K, tiles, 4 * q.nbytes // (B * K), heaviest_last=not known).reshape(-1, 1)
+    order = Order(order[order[:, 0] < B * K * tiles - left], known)
     # Keys past S are rows that see nothing: a tile that has some is never taken for full, as exp2(0 − lse2) may be infinite.
     seen = tuple(_pad(x, 1, rows) for x in mask.live_queries())
     walk = _Walk.of(seen, rows, block, order, K, _query_lists(mask, rows, block, N, K))

@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["Order", "busy", "dealt", "handfuls", "in_order", "parts_of_group", "side_by_side"]
+__all__ = ["Order", "busy", "dealt", "handfuls", "in_order", "last_round", "parts_of_group", "side_by_side"]
 
 MULTIPROCESSORS = 132  # of an H100 or H200; with fewer the blocks beyond come later, with more some are idle
+WORTH = 40  # steps of 1.7 µs
 SHARED_L2 = 32 << 20  # bytes that the heads walked at one time may read over and over; an H100 has 50 MB of L2
 
 
@@ -60,15 +61,18 @@ def busy(order: np.ndarray, weights: tuple[int, ...]) -> float:
 
 
 @functools.cache
-def dealt(heads: int, tiles: int, bytes_a_head: int, weights: tuple[int, ...]) -> Order:
+def dealt(heads: int, tiles: int, bytes_a_head: int, weights: tuple[int, ...], left: int = 0) -> Order:
     """`in_order` dealt to as many blocks as run at one time, where an item's `weights` (repeated as need be) are known.
 
-    Each item goes to the block that is done first, where it takes as long as it has steps, and a little more.
+    Each item goes to the block that is done first, where it takes as long as it has steps, and a little more. The last `left`
+    tiles of the last head are nobody's.
     """
     shares = [[] for _ in range(MULTIPROCESSORS)]
     free = [(0, block) for block in range(MULTIPROCESSORS)]
     for group in in_order(heads, tiles, bytes_a_head, heaviest_last=True).tolist():
         for item in sorted(group, key=lambda item: -weights[item % len(weights)]):
+            if item >= heads * tiles - left:
+                continue
             done, block = free[0]
             heapq.heapreplace(free, (done + weights[item % len(weights)] + 1, block))
             shares[block].append(item)
@@ -88,6 +92,20 @@ def handfuls(heads: int, tiles: int, bytes_a_head: int) -> Order:
         for part, size in ((group[:quarter], 1), (group[quarter : 2 * quarter], 2), (group[2 * quarter :], 4)):
             blocks += [part[i : i + size] for i in range(0, len(part), size)]
     return Order(_rows_of(blocks), known=False)
+
+
+def last_round(items: int, tiles: int, steps: int) -> tuple[int, int]:
+    """(tiles, parts): of items that all take `steps`, how many tiles of the last head are left over when every multiprocessor
+    has had as many as any other, and into how many parts of their steps they can be cut to be shared by all.
+
+    4096 equal items are 31 rounds of 132, and 4 that would take a round of their own. (0, 1) where nothing is left, or where
+    cutting it does not save the time of `WORTH` steps, which a second launch and putting the parts together take.
+    """
+    left = items % MULTIPROCESSORS
+    if items < MULTIPROCESSORS or not 0 < left <= min(tiles, MULTIPROCESSORS // 2):
+        return 0, 1
+    parts = max(n for n in range(1, MULTIPROCESSORS // left + 1) if steps % n == 0)
+    return (left, parts) if steps - steps // parts >= WORTH else (0, 1)
 
 
 def _rows_of(blocks: list[list[int]]) -> np.ndarray:
