@@ -6,7 +6,7 @@
 Any heads and lengths are compared with one device first. Then three questions, each answered beside its peer in the same run:
 - What do the four crossings of a layer (Q, K, V, output) cost on the model's path, permutations included? The projections with
   their crossings less the projections alone, and the crossings of grouped heads alone, against `lax.all_to_all` on the leading
-  dim of as many bytes.
+  dim of as many bytes: by the copy engines, as a training step exchanges, and by NCCL.
 - What does a layer on P devices cost over the same layer on one device with 1/P of the heads and no exchange? And in chunks?
 - A ring of P beside Ulysses of P.
 """
@@ -30,13 +30,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from experiments import record
 from ulysses_jax.attention import dot_product_attention
-from ulysses_jax.config import ModelConfig
+from ulysses_jax.config import MemoryConfig, ModelConfig
 from ulysses_jax.mesh import SEQ, make_mesh, token_spec
 from ulysses_jax.model import Attention, _contract, _project
+from ulysses_jax.train import compiler_options
 from ulysses_jax.ulysses import ShardAttention, grouped_heads_to_seq, grouped_seq_to_heads, ulysses_attention
 
 LENGTHS = (65_536, 131_072, 262_144, 524_288)
 OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_enable_latency_hiding_scheduler": True}
+COPIES = "xla_gpu_use_memcpy_local_p2p"  # exchange by copy engines, as a training step does, or by NCCL's kernels
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,11 +75,17 @@ def seconds(compiled: Callable, *arguments: Any, runs: int = 10) -> float:
     return statistics.median(times[2:])
 
 
-def compile_on(mesh: Mesh, function: Callable, in_specs: Any, out_specs: Any, *arguments: Any) -> jax.stages.Compiled:
-    """A function of one device's part, compiled for the mesh, with the flags that matter on GPUs."""
+def options_on(mesh: Mesh, **more: bool) -> dict[str, Any]:
+    """The flags that matter on GPUs, with those of a training step."""
+    return OPTIONS | options | more if (options := compiler_options(MemoryConfig(), mesh)) else {}
+
+
+def compile_on(
+    mesh: Mesh, function: Callable, in_specs: Any, out_specs: Any, *arguments: Any, **flags: bool
+) -> jax.stages.Compiled:
+    """A function of one device's part, compiled for the mesh."""
     mapped = jax.jit(jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False))
-    options = OPTIONS if mesh.devices.flat[0].platform != "cpu" else {}
-    return mapped.lower(*arguments).compile(compiler_options=options)
+    return mapped.lower(*arguments).compile(compiler_options=options_on(mesh, **flags))
 
 
 def normal(mesh: Mesh, spec: PartitionSpec, *shape: int, scale: float = 1.0) -> Array:
@@ -119,7 +127,7 @@ def time_crossings(bench: Bench, mesh: Mesh, T: int) -> list[dict]:
 
     rows, P_bytes = [], 2 * 2 * T * H * (n + m)  # a device's, of all four crossings
     sent = P_bytes * (P - 1) / P
-    alone = time_leading(bench, mesh, T)
+    alone, nccl = time_leading(bench, mesh, T)
     case = f"T={T} N={bench.heads} K={bench.kv_heads} H={H} P={P}"
     for backward in (False, True):
         times = {crosses: seconds(both(crosses, backward), x, w_in, w_out) for crosses in (True, False)}
@@ -136,15 +144,17 @@ def time_crossings(bench: Bench, mesh: Mesh, T: int) -> list[dict]:
 
     out_specs = (grouped, PartitionSpec(None, None, SEQ), PartitionSpec(None, None, SEQ))
     cost = seconds(compile_on(mesh, crossings, grouped, out_specs, *y), *y)
-    rows.append(record.row(case, "four crossings of grouped heads", "s", cost, leading=alone))
-    rows.append(record.row(case, "four crossings, leaving a device", "GB/s", sent / cost / 1e9, leading=sent / alone / 1e9))
+    peers = {"leading": alone, "leading_by_nccl": nccl}
+    rows.append(record.row(case, "four crossings of grouped heads", "s", cost, **peers))
+    rates = {name: sent / value / 1e9 for name, value in peers.items()}
+    rows.append(record.row(case, "four crossings, leaving a device", "GB/s", sent / cost / 1e9, **rates))
     return rows
 
 
-def time_leading(bench: Bench, mesh: Mesh, T: int) -> float:
-    """Seconds of `lax.all_to_all` on the leading dim for as many bytes as a layer's four crossings.
+def time_leading(bench: Bench, mesh: Mesh, T: int) -> tuple[float, float]:
+    """Seconds of `lax.all_to_all` on the leading dim for as many bytes as a layer's four crossings: as ours cross, and by NCCL.
 
-    All four are one program, as ours are: apart, each would pay for a dispatch of its own.
+    All four are one program, as ours are: apart, each would pay for a dispatch of its own. Both ways give the same bits.
     """
     (_, H), P, there = bench.sizes, bench.seq, PartitionSpec(SEQ)
     sizes = [T // P * heads // P * H for heads in (bench.heads, bench.kv_heads, bench.kv_heads)]
@@ -154,7 +164,12 @@ def time_leading(bench: Bench, mesh: Mesh, T: int) -> float:
         q, k, v = (lax.all_to_all(x, SEQ, split_axis=0, concat_axis=0, tiled=True) for x in (q, k, v))
         return lax.all_to_all(lax.optimization_barrier(q), SEQ, split_axis=0, concat_axis=0, tiled=True), k, v
 
-    return seconds(compile_on(mesh, crossings, there, there, q, k, v), q, k, v)
+    programs = [compile_on(mesh, crossings, there, there, q, k, v, **{COPIES: by_copies}) for by_copies in (True, False)]
+    same = jax.jit(lambda a, b: jnp.array([(x == y).all() for x, y in zip(a, b, strict=True)]).all())
+    if not same(*(program(q, k, v) for program in programs)):
+        raise RuntimeError(f"at T={T} copy engines and NCCL exchange differently")
+    copies, nccl = (seconds(program, q, k, v) for program in programs)
+    return copies, nccl
 
 
 def layer(
@@ -233,7 +248,7 @@ def time_ring(bench: Bench, mesh: Mesh, T: int) -> list[dict]:
             out, back = jax.vjp(lambda q, k, v: ulysses_attention(q, k, v, **options), q, k, v)
             return out, back(out)
 
-        figures[name] = seconds(jax.jit(run).lower(q, k, v).compile(), q, k, v, runs=5)
+        figures[name] = seconds(jax.jit(run, compiler_options=options_on(where)).lower(q, k, v).compile(), q, k, v, runs=5)
     case = f"attention T={T} N={bench.heads} K={bench.kv_heads} P={P} {implementation} causal forward+backward"
     return [record.row(case, "time", "s", figures["ulysses"], ring=figures["ring"])]
 
@@ -292,7 +307,9 @@ def sample(bench: Bench, mesh: Mesh) -> list[dict]:
             there = partial(ulysses_attention, mesh=mesh, implementation="xla", **options)
             here = partial(dot_product_attention, implementation="reference", **options)
             with jax.default_matmul_precision("highest"):
-                many, one = (jax.jit(partial(run, attend=attend))(q, k, v) for attend in (there, here))
+                many, one = (
+                    jax.jit(partial(run, attend=attend), compiler_options=options_on(mesh))(q, k, v) for attend in (there, here)
+                )
             pairs = [(np.asarray(a, np.float64), np.asarray(b, np.float64)) for a, b in zip(many, one, strict=True)]
             worst = max(float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30)) for a, b in pairs if np.any(b))
             case = f"attention T={T} N={N} K={K} P={P}, {name}"

@@ -2,6 +2,8 @@
 
 import collections
 import dataclasses
+import math
+import re
 
 import jax
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 from tests.trainers import FAST, LENGTH, Collective, collectives, compiled_step, hlo, program, tiny
 from ulysses_jax import train
 from ulysses_jax.attention import dot_product_attention
-from ulysses_jax.config import ModelConfig, TrainConfig
+from ulysses_jax.config import ModelConfig, TrainConfig, deal_heads
 from ulysses_jax.mesh import make_mesh
 from ulysses_jax.zero import undivided
 
@@ -114,6 +116,17 @@ def test_no_activation_is_of_the_whole_sequence():
     own = {(4, LENGTH // SEQ, MODEL.mlp_dim), (tokens // SEQ, MODEL.mlp_dim)}
     assert any(f"f32[{','.join(map(str, shape))}]" in text for shape in own), "the shapes are read rightly"
     assert not [shape for shape in whole if f"f32[{','.join(map(str, shape))}]" in text]
+
+
+def test_the_values_cross_once_the_output_weight_is_here():
+    """A gather of it that begins with the kernel waits for the kernel's end, and the other device for it."""
+    own = config()
+    p, tokens, H = program(own), 4 * LENGTH // SEQ, MODEL.head_dim
+    text = p.step.lower(p.abstract, train.batch_shapes(own, p.mesh)).as_text()
+    shapes = [re.findall(r"tensor<(\S+)xf32>", line) for line in text.splitlines() if "optimization_barrier" in line]
+    pairs = [[math.prod(map(int, shape.split("x"))) for shape in found[:2]] for found in shapes if len(found) == 2]
+    values = len(deal_heads(MODEL.num_heads, MODEL.num_kv_heads, SEQ).keys)
+    assert [tokens * values * H, MODEL.num_heads * H * MODEL.embed_dim] in pairs
 
 
 @pytest.mark.slow

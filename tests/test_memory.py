@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from typing import Any
+import types
+from typing import Any, cast
 
 import jax
 import jax.extend
@@ -17,7 +18,7 @@ from ulysses_jax.config import LayerMemory, MemoryConfig, OptimizerConfig
 from ulysses_jax.data import place
 from ulysses_jax.memory import map_tiles
 from ulysses_jax.model import Transformer, swiglu
-from ulysses_jax.train import batch_shapes
+from ulysses_jax.train import batch_shapes, compiler_options
 
 B, T, L, D, N, H = 3, LENGTH, 4, MODEL.embed_dim, MODEL.num_heads, MODEL.head_dim
 K, F = MODEL.num_kv_heads, MODEL.mlp_dim
@@ -276,6 +277,14 @@ def test_the_first_state_on_the_host_is_the_first_state(memory):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("processes", "copies"), [((0, 0), True), ((0, 1), None)])
+def test_only_devices_of_one_process_exchange_by_their_copy_engines(processes, copies):
+    """XLA cannot write into the memory of another process; counted by hosts or not at all, both would be told to."""
+    devices = np.array([types.SimpleNamespace(platform="gpu", process_index=i) for i in processes])
+    options = compiler_options(MemoryConfig(), cast(Any, types.SimpleNamespace(devices=devices))) or {}
+    assert options.get("xla_gpu_use_memcpy_local_p2p") is copies
+
+
 def test_moments_in_bfloat16_train_nearly_alike():
     """Casting only the first state breaks it: after a step the moments are float32 again."""
     optimizer = {"warmup_steps": 5, "learning_rate": 3e-3}

@@ -130,9 +130,23 @@ class Attention(nnx.Module):
         attend = functools.partial(self.attention, logits_soft_cap=config.logits_soft_cap, **options)
         if config.attention_sinks:
             attend = functools.partial(attend, sinks=weights["sink_bias"] if len(q) > 1 else weights["sink_bias"][0])
+        v, out = _both_first(v, weights["out"])  # before v crosses, which is the last to do so
         z = attend(q, k, v) if len(q) > 1 else attend(q[0], k[0], v[0])[None]
         z = checkpoint_name(z, "attention_exchanged")
-        return x, _contract(y, z, weights["out"], config.head_chunks > 1)
+        return x, _contract(y, z, out, config.head_chunks > 1)
+
+
+@jax.custom_vjp
+def _both_first(x: Array, y: Array) -> tuple[Array, Array]:
+    """(x, y), neither of them before both: what is gathered for after attention is gathered before it.
+
+    The kernel's blocks stay on their multiprocessors to the end. A gather that begins with it waits there for one to be free,
+    and on the device where it came first it keeps some from the kernel, waiting for the other device: up to twice the time.
+    """
+    return lax.optimization_barrier((x, y))
+
+
+_both_first.defvjp(lambda x, y: (_both_first(x, y), None), lambda _, gradients: gradients)
 
 
 # The output's product contracts groups too, and so does the gradient of the projections. Of two groups it is the sum of two

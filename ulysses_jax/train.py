@@ -92,6 +92,7 @@ def build(config: TrainConfig, mesh: Mesh) -> Program:
     state_at = _places({"params": params_at, "opt_state": opt_at, "step": whole}, shapes, config.memory)
     scalar = PartitionSpec()
     loss_and_grads = _on_mesh(_loss_and_grads, config, mesh, graph, parts, (scalar, _specs(grads_at), scalar, scalar))
+    options = compiler_options(config.memory, mesh)
 
     def step(state: State, batch: dict[str, Array]) -> tuple[State, dict[str, Array]]:
         loss, grads, tokens, squares = loss_and_grads(state["params"], batch)
@@ -120,10 +121,12 @@ def build(config: TrainConfig, mesh: Mesh) -> Program:
             step,
             donate_argnums=0,
             out_shardings=(state_at, state_at["step"]),
-            compiler_options=compiler_options(config.memory, mesh),
+            compiler_options=options,
         ),
-        gradients=jax.jit(lambda params, batch: loss_and_grads(params, batch)[:3]),
-        evaluate=jax.jit(_on_mesh(_summed_loss, config, mesh, graph, parts, (PartitionSpec(), PartitionSpec()))),
+        gradients=jax.jit(lambda params, batch: loss_and_grads(params, batch)[:3], compiler_options=options),
+        evaluate=jax.jit(
+            _on_mesh(_summed_loss, config, mesh, graph, parts, (PartitionSpec(), PartitionSpec())), compiler_options=options
+        ),
     )
 
 
@@ -178,11 +181,18 @@ def compiler_options(memory: MemoryConfig, mesh: Mesh) -> dict[str, bool | int |
     gathers weights up to six times a layer. What is computed again is `memory`'s to say, so that pass is off. The limit is a
     percentage of what jax preallocates, less the state; it counts buffers in the host's memory as the device's, so that with
     them it has to be beyond both.
+
+    Within one process GPUs exchange by their copy engines, which no kernel waits for and which wait for none; NCCL's kernels
+    take multiprocessors from attention's. XLA can do so for devices of one process only.
     """
-    if mesh.devices.flat[0].platform not in ("gpu", "cuda"):
+    devices = list(mesh.devices.flat)
+    if devices[0].platform not in ("gpu", "cuda"):
         return None
     limit = 400 if memory.offload_layers or memory.offload_optimizer else 100
-    return {"xla_disable_hlo_passes": "rematerialization", "xla_gpu_memory_limit_slop_factor": limit}
+    options = {"xla_disable_hlo_passes": "rematerialization", "xla_gpu_memory_limit_slop_factor": limit}
+    if len({device.process_index for device in devices}) == 1:
+        options["xla_gpu_use_memcpy_local_p2p"] = True
+    return options
 
 
 def _places(at: State, shapes: State, memory: MemoryConfig) -> State:
