@@ -61,6 +61,8 @@ class Bench:
     name: str = "train"
     """of the result file"""
     out: Path = Path("experiments/results")
+    draw: bool = False
+    """only draw the figure, from the result files that hold DeepSpeed's figures"""
 
 
 def policy(text: str) -> dict[str, Any]:
@@ -178,8 +180,38 @@ def cases(bench: Bench) -> Iterator[tuple[str, TrainConfig]]:
             yield case + f"documents={bench.documents} {text or 'as the recipe'}", config
 
 
+def draw(folder: Path) -> Path:
+    """Bars of tokens/s beside DeepSpeed's, from all result files of training that hold both."""
+    import matplotlib.pyplot as plt
+
+    found, devices = [], set()
+    for path in sorted(folder.glob("train_*.json")):
+        content = json.loads(path.read_text())
+        rows = [row for row in content["rows"] if row["metric"] == "tokens_per_s" and row["peers"].get("deepspeed")]
+        found += [(row["case"].split(), row["ours"], row["peers"]["deepspeed"]) for row in rows]
+        devices |= {content["device"]} if rows else set()
+    found.sort(key=lambda row: (row[0][0], int(row[0][2][2:])))
+    figure, axis = plt.subplots(figsize=(7, 4))
+    for shift, name, column in ((-0.2, "ulysses_jax", 1), (0.2, "DeepSpeed-Ulysses", 2)):
+        axis.bar(np.arange(len(found)) + shift, [row[column] for row in found], 0.4, label=name)
+    for i, (_, ours, theirs) in enumerate(found):
+        axis.annotate(f"{ours / theirs:.2f} ×", (i, max(ours, theirs)), ha="center", va="bottom", fontsize=9)
+    labels = [f"{case[0].removeprefix('llama-').rsplit('-', 1)[0].upper()}\n{int(case[2][2:]):,} tokens" for case, *_ in found]
+    axis.set_xticks(range(len(found)), labels, fontsize=9)
+    axis.set_ylabel("tokens/s")
+    axis.set_title(f"Training step, ZeRO-3, bf16, {' and '.join(sorted(devices))}", fontsize=10)
+    axis.legend(fontsize=9)
+    figure.tight_layout()
+    path = folder / "train.png"
+    figure.savefig(path, dpi=130)
+    return path
+
+
 def main(bench: Bench) -> None:
     """Time every case asked for, print it, and write it after each, so that a lost machine loses one case."""
+    if bench.draw:
+        print(draw(bench.out))
+        return
     reserve_memory()
     files = {name: json.loads(Path(path).read_text()) for name, path in (text.split("=", 1) for text in bench.peer)}
     about = {name: {key: value for key, value in peer.items() if key != "rows"} for name, peer in files.items()}

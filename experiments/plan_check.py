@@ -1,14 +1,23 @@
-"""The plan's closed form against compiled steps: bytes on the device and on the host, for GPUs that need not be there.
+"""The plan's closed form against compiled steps, for GPUs that need not be there: bytes on the device and on the host.
 
-uv run --extra cuda13 python -m experiments.plan_check --out experiments/results
+    uv run --extra cuda13 python -m experiments.plan_check --out experiments/results
+
+Or against steps that were measured: bytes and seconds.
+
+    uv run python -m experiments.plan_check --measured experiments/results/train_*.json
 """
 
+import collections
 import dataclasses
+import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import tyro
 
-from experiments import record
+from experiments import bench_train, record
 from ulysses_jax import costs, recipes
 from ulysses_jax.config import DataConfig, MemoryConfig, MeshConfig, TrainConfig
 from ulysses_jax.plan import Plan, certify
@@ -37,10 +46,54 @@ class Check:
     gpu: str = "h100"
     cases: tuple[int, ...] = ()
     """by number; all by default"""
+    measured: tuple[Path, ...] = ()
+    """result files of `bench_train` to compare with instead"""
+
+
+def runs(path: Path) -> Iterator[tuple[str, Plan, dict[str, Any]]]:
+    """The cases of a result file of `bench_train`: (case, its plan, what was measured)."""
+    content, figures = json.loads(path.read_text()), collections.defaultdict(dict)
+    for row in content["rows"]:
+        figures[row["case"]][row["metric"]] = row["ours"]
+    gpu = next(gpu for gpu in costs.GPUS.values() if gpu.name in content["device"])
+    for case, found in figures.items():
+        recipe, *sizes, text, implementation = re.sub(r" [A-Za-z]+=(?=\d+ )", " ", case).replace("as the recipe", "-").split()
+        layers, T, B, data, seq, documents = map(int, sizes)
+        bench = bench_train.Bench(
+            recipe=recipe,
+            layers=layers,
+            lengths=(T,),
+            batch_size=B,
+            data=data,
+            seq=seq,
+            documents=documents,
+            policies=() if text == "-" else (text,),
+        )
+        ((_, config),) = bench_train.cases(bench)
+        config = dataclasses.replace(config, implementation=implementation)
+        yield case, Plan(gpu=gpu, config=config, host_limit=float("inf")), found
+
+
+def compare(options: Check) -> None:
+    """Each measured case beside its plan. Where only the first step of a process was timed, allocations count: no seconds then."""
+    rows = []
+    for case, plan, found in (run for path in options.measured for run in runs(path) if "step_s" in run[2]):
+        peak, bytes_ = found["peak_gib_so_far"] * 2**30, sum(plan.device.values())
+        rows.append(record.row(case, "bytes on the device", "bytes for each device", bytes_, measured=peak))
+        print(f"{case}: {bytes_ / 2**30:.1f} GiB, measured {peak / 2**30:.1f}", end="")
+        if len(found["each_step_s"]) > 1:
+            step = plan.seconds["step"]
+            rows.append(record.row(case, "step", "s", step, measured=found["step_s"]))
+            print(f"; {step:.2f} s, measured {found['step_s']:.2f}: {step / found['step_s']:.3f}", end="")
+        print(flush=True)
+    record.save("plan_measured", rows, options.out, device="those of the files")
 
 
 def main(options: Check) -> None:
     """Compile each case, print it beside its plan, and record both."""
+    if options.measured:
+        compare(options)
+        return
     rows, gpu = [], costs.GPUS[options.gpu]
     for i in options.cases or range(len(CASES)):
         model, devices, length, policy = CASES[i]
