@@ -75,7 +75,7 @@ def runs(path: Path) -> Iterator[tuple[str, Plan, dict[str, Any]]]:
 
 
 def compare(options: Check) -> None:
-    """Each measured case beside its plan. Where only the first step of a process was timed, allocations count: no seconds then."""
+    """Each measured case beside its plan; no seconds where only the first step of a process was timed, as it also allocates."""
     rows = []
     for case, plan, found in (run for path in options.measured for run in runs(path) if "step_s" in run[2]):
         peak, bytes_ = found["peak_gib_so_far"] * 2**30, sum(plan.device.values())
