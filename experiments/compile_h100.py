@@ -36,7 +36,7 @@ def h100_mesh(*, data: int = 1, seq: int = 1) -> Mesh:
 
 
 def compile_step(recipe: str, *, data: int, seq: int, implementation: str, batch_size: int) -> list[dict]:
-    """Collectives (runs a step), bytes handed to all-to-alls, and bytes a device of a recipe's training step."""
+    """Collectives (runs a step), what is handed to them, and bytes a device of a recipe's training step."""
     config = recipes.recipe(recipe)
     config = dataclasses.replace(
         config,
@@ -56,9 +56,29 @@ def compile_step(recipe: str, *, data: int, seq: int, implementation: str, batch
         sent[crossing.kind] += crossing.times * crossing.bytes
     rows = [record.row(case, f"runs of {name}", "1 a step", count) for name, count in sorted(runs.items())]
     rows += [record.row(case, f"operands of {kind}", "bytes a device and step", count) for kind, count in sorted(sent.items())]
+    beside = beside_the_forward_kernel(compiled.as_text() or "")
+    rows.append(record.row(case, "gathers and reduce-scatters begun and not done at a forward kernel", "1", beside))
     rows.append(record.row(case, "arguments", "bytes a device", memory.argument_size_in_bytes))
     rows.append(record.row(case, "temporaries", "bytes a device", memory.temp_size_in_bytes))
     return rows
+
+
+def beside_the_forward_kernel(program: str) -> int:
+    """How many gathers and reduce-scatters XLA has scheduled to run beside an attention kernel whose blocks stay to the end.
+
+    NCCL's kernel waits there for one of the multiprocessors that attention keeps, and for the other devices.
+    """
+    found, running = 0, set()
+    for line in program.splitlines():
+        if line.endswith("{"):
+            running = set()
+        elif begun := re.search(r"%(\S+) = .* (?:all-gather|reduce-scatter)-start\(", line):
+            running.add(begun[1])
+        elif done := re.search(r" (?:all-gather|reduce-scatter)-done\(%?([^),]+)", line):
+            running.discard(done[1])
+        elif "custom-call(" in line and "ulysses_attention_forward" in line:
+            found += len(running)
+    return found
 
 
 KERNELS = {
@@ -148,7 +168,7 @@ def main(options: Compile) -> None:
     if options.steps:
         rows = []
         for recipe, data, seq in (("gpt-1.2b-32k", 2, 4), ("gpt-1.2b-32k", 1, 8), ("llama3-8b-128k", 1, 8)):
-            rows += compile_step(recipe, data=data, seq=seq, implementation="cudnn", batch_size=data)
+            rows += compile_step(recipe, data=data, seq=seq, implementation="pallas", batch_size=data)
             print(*rows[-8:], sep="\n", flush=True)
         record.save("compiled_step_h100", rows, options.out, device="none; compiled for 8 × NVIDIA H100 80GB HBM3")
 
