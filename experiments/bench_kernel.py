@@ -1,6 +1,6 @@
 """The attention kernel for Hopper beside its peers, on one GPU: speed, accuracy, sparsity and a million tokens.
 
-    python -m experiments.bench_kernel --suites accuracy speed grouped sparse long --out experiments/results
+    python -m experiments.bench_kernel --suites accuracy speed grouped variants sparse long --out experiments/results
 
 Peers run in the same process, ours and theirs in turn, round by round, so that a clock that drifts drifts for all: cuDNN
 through jax, torch's scaled_dot_product_attention with cuDNN, and tokamax, each where it is installed. TFLOP/s count causal
@@ -42,7 +42,7 @@ type Runs = dict[str, Callable[[], Any]]
 class Bench:
     """What to measure."""
 
-    suites: tuple[str, ...] = ("accuracy", "speed", "grouped", "sparse", "long")
+    suites: tuple[str, ...] = ("accuracy", "speed", "grouped", "variants", "sparse", "long")
     out: Path = Path("experiments/results")
     draw: bool = False
     """only draw the figure, from the result files"""
@@ -206,6 +206,26 @@ def grouped() -> Iterator[list[dict]]:
             )
             print(_line(rows[-1]), flush=True)
             yield rows
+
+
+def variants() -> Iterator[list[dict]]:
+    """What an option costs: TFLOP/s beside the same attention without it."""
+    T, N, rows = 32768, 16, []
+    mask, flops, arrays = make_mask(T, is_causal=True), visible_flops(T, N, 128, is_causal=True), inputs(T, N)
+    options: dict[str, dict[str, Any]] = {
+        "soft cap": {"logits_soft_cap": 30.0},
+        "deterministic": {"deterministic": True},
+        "sinks": {"sinks": jnp.zeros(N)},
+    }
+    for metric, share, wrap, count in (("forward", 1.0, lambda f: f, 3), ("forward+backward", 3.5, both, 4)):
+        kinds = {"plain": ours(mask), **{name: ours(mask, **own) for name, own in options.items()}}
+        programs = compiled({name: (wrap(attend), arrays[:count]) for name, attend in kinds.items()})
+        rates = {name: share * flops / took / 1e12 for name, took in seconds(programs).items()}
+        for name in options:
+            case = f"T={T} N={N} H=128 causal, {name}"
+            rows.append(record.row(case, metric, "TFLOP/s", rates[name], plain=rates["plain"]))
+            print(_line(rows[-1]), flush=True)
+        yield rows
 
 
 def documents(T: int, mean: int, seed: int = 0) -> list[int]:
@@ -401,7 +421,14 @@ def draw(folder: Path) -> Path:
     return path
 
 
-SUITES = {"accuracy": accuracy, "speed": speed, "grouped": grouped, "sparse": sparse, "long": long}
+SUITES = {
+    "accuracy": accuracy,
+    "speed": speed,
+    "grouped": grouped,
+    "variants": variants,
+    "sparse": sparse,
+    "long": long,
+}
 
 
 def main(bench: Bench) -> None:
