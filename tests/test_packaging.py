@@ -81,11 +81,12 @@ def test_the_files_the_readme_links_to_are_there():
 @pytest.mark.slow
 def test_the_examples_of_the_readme_run_as_written(tmp_path):
     """Broken by: renaming an argument they use."""
-    assert len(EXAMPLES) == 5
+    assert len(EXAMPLES) == 6
     script = tmp_path / "examples.py"
     script.write_text("\n".join(EXAMPLES))
     environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
-    ran = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=300, check=False)
+    how = {"env": environment, "cwd": tmp_path, "capture_output": True, "text": True, "timeout": 300, "check": False}
+    ran = subprocess.run([sys.executable, script], **how)
     assert ran.returncode == 0, ran.stderr
     shapes, error, density = ran.stdout.splitlines()
     assert shapes == "(2, 1024, 8, 64) of which a device holds (1, 256, 8, 64)"
