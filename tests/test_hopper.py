@@ -83,8 +83,8 @@ def test_a_last_round_cut_in_parts_equals_the_oracle(N, K, monkeypatch):
     """On three multiprocessors four tiles leave one, whose keys, and in the backward queries, are cut in two. Parts weighted
     alike, or a share of dQ that replaces the others', break it.
     """
-    for name, value in (("MULTIPROCESSORS", 3), ("WORTH", 1)):
-        monkeypatch.setattr(schedule, name, value)
+    monkeypatch.setattr(schedule, "multiprocessors", lambda: 3)
+    monkeypatch.setattr(schedule, "WORTH", 1)
     monkeypatch.setattr(hopper, "parts_of_group", lambda group, tiles: 1)
     for cached in (schedule.dealt, schedule.in_order):
         cached.cache_clear()
@@ -119,8 +119,7 @@ def two_multiprocessors(monkeypatch):
 
     for cached in schedules:
         cached.cache_clear()
-    monkeypatch.setattr(schedule, "MULTIPROCESSORS", 2)
-    monkeypatch.setattr(hopper, "MULTIPROCESSORS", 2)
+    monkeypatch.setattr(schedule, "multiprocessors", lambda: 2)
     monkeypatch.setattr(hopper, "_order_of_queries", order_of_queries)
     yield met
     for cached in schedules:

@@ -37,9 +37,10 @@ from jax.core import Tracer
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from ulysses_jax.attention import schedule
 from ulysses_jax.attention.blocked import varying_like
 from ulysses_jax.attention.masks import Mask, make_mask, tile_ranges
-from ulysses_jax.attention.schedule import MULTIPROCESSORS, Order, dealt, handfuls, in_order, last_round, parts_of_group
+from ulysses_jax.attention.schedule import Order, dealt, handfuls, in_order, last_round, parts_of_group
 
 __all__ = ["HEAD_DIMS", "Tiling", "hopper_attention", "hopper_attention_backward", "hopper_lacks"]
 
@@ -312,7 +313,7 @@ def _order_of_queries(mask: Mask, heads: int, tiles: int, key_bytes: int, rows: 
     """How the forward's blocks share out the tiles of queries but the last `left`; `key_bytes` are of a head's K and V."""
     weights = _steps_known(mask, rows, step, lists)
     if weights is None:
-        if heads * tiles >= 8 * MULTIPROCESSORS:
+        if heads * tiles >= 8 * schedule.multiprocessors():
             return handfuls(heads, tiles, key_bytes)
         return Order(in_order(heads, tiles, key_bytes, heaviest_last=True).reshape(-1, 1), known=False)
     return dealt(heads, tiles, key_bytes, weights, left)

@@ -8,13 +8,22 @@ import functools
 import heapq
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
-__all__ = ["Order", "busy", "dealt", "handfuls", "in_order", "last_round", "parts_of_group", "side_by_side"]
+__all__ = ["Order", "busy", "dealt", "handfuls", "in_order", "last_round", "multiprocessors", "parts_of_group", "side_by_side"]
 
-MULTIPROCESSORS = 132  # of an H100 or H200; with fewer the blocks beyond come later, with more some are idle
 WORTH = 40  # steps of 1.7 µs
 SHARED_L2 = 32 << 20  # bytes that the heads walked at one time may read over and over; an H100 has 50 MB of L2
+
+
+@functools.cache
+def multiprocessors() -> int:
+    """How many blocks of threads run at one time: this GPU's multiprocessors, or 132 without one, as an H100 SXM or H200 has.
+
+    With more blocks than that the last would come in a round of their own: an H100 PCIe has 114, an H20 78.
+    """
+    return getattr(jax.local_devices()[0], "core_count", 132) if jax.default_backend() == "gpu" else 132
 
 
 class Order(NamedTuple):
@@ -40,7 +49,7 @@ def in_order(heads: int, tiles: int, bytes_a_head: int, *, heaviest_last: bool =
     choices = [n for n in range(1, heads + 1) if heads % n == 0]
     members = max(n for n in choices if n <= fitting)
     causal = tuple(range(1, tiles + 1))
-    if heads * tiles <= 64 * MULTIPROCESSORS:  # with more, the end of the last head is short beside the whole
+    if heads * tiles <= 64 * multiprocessors():  # with more, the end of the last head is short beside the whole
         shares = {n: busy(side_by_side(heads, tiles, n, True).ravel(), causal) for n in choices if n >= members}
         members = min(n for n, share in shares.items() if share > 0.99 * max(shares.values()))
     return side_by_side(heads, tiles, members, heaviest_last)
@@ -54,10 +63,10 @@ def side_by_side(heads: int, tiles: int, members: int, heaviest_last: bool) -> n
 
 def busy(order: np.ndarray, weights: tuple[int, ...]) -> float:
     """Which share of the time the multiprocessors work, where each takes the next item when it is done with one."""
-    done = [0] * MULTIPROCESSORS
+    done = [0] * multiprocessors()
     for item in order.tolist():
         heapq.heapreplace(done, done[0] + weights[item % len(weights)] + 1)
-    return (sum(weights) + len(weights)) * len(order) / len(weights) / MULTIPROCESSORS / max(done)
+    return (sum(weights) + len(weights)) * len(order) / len(weights) / multiprocessors() / max(done)
 
 
 @functools.cache
@@ -67,8 +76,8 @@ def dealt(heads: int, tiles: int, bytes_a_head: int, weights: tuple[int, ...], l
     Each item goes to the block that is done first, where it takes as long as it has steps, and a little more. The last `left`
     tiles of the last head are nobody's.
     """
-    shares = [[] for _ in range(MULTIPROCESSORS)]
-    free = [(0, block) for block in range(MULTIPROCESSORS)]
+    shares = [[] for _ in range(multiprocessors())]
+    free = [(0, block) for block in range(multiprocessors())]
     for group in in_order(heads, tiles, bytes_a_head, heaviest_last=True).tolist():
         for item in sorted(group, key=lambda item: -weights[item % len(weights)]):
             if item >= heads * tiles - left:
@@ -101,10 +110,10 @@ def last_round(items: int, tiles: int, steps: int) -> tuple[int, int]:
     4096 equal items are 31 rounds of 132, and 4 that would take a round of their own. (0, 1) where nothing is left, or where
     cutting it does not save the time of `WORTH` steps, which a second launch and putting the parts together take.
     """
-    left = items % MULTIPROCESSORS
-    if items < MULTIPROCESSORS or not 0 < left <= min(tiles, MULTIPROCESSORS // 2):
+    left = items % multiprocessors()
+    if items < multiprocessors() or not 0 < left <= min(tiles, multiprocessors() // 2):
         return 0, 1
-    parts = max(n for n in range(1, MULTIPROCESSORS // left + 1) if steps % n == 0)
+    parts = max(n for n in range(1, multiprocessors() // left + 1) if steps % n == 0)
     return (left, parts) if steps - steps // parts >= WORTH else (0, 1)
 
 
@@ -120,5 +129,5 @@ def parts_of_group(group: int, tiles: int) -> int:
     not stay in the L2 cache. Measured on an H100 with 64 heads of 8192 tokens, a KV head for 2, 4 and 8 of them: 537, 515 and
     446 TFLOP/s; with 16 heads of 32768, for 1 and 4: 578 and 579.
     """
-    most = max(1, 10 // -(-2 * MULTIPROCESSORS // tiles))
+    most = max(1, 10 // -(-2 * multiprocessors() // tiles))
     return min(parts for parts in range(1, group + 1) if group % parts == 0 and group // parts <= most)
