@@ -13,7 +13,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from tests.trainers import relative_error
-from ulysses_jax import hf
+from ulysses_jax import cli, hf
 from ulysses_jax.config import ModelConfig, RopeScaling
 from ulysses_jax.flax_layers import attention_fn
 from ulysses_jax.mesh import make_mesh
@@ -225,3 +225,28 @@ def test_a_model_of_no_family_is_not_written(tmp_path, change, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         hf.save(model_of(dataclasses.replace(LLAMA, **change)), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+RUN = [
+    "train",
+    "demo",
+    *("--mesh.data", "2", "--mesh.seq", "2", "--data.seq-len", "64", "--data.batch-size", "4", "--steps", "2"),
+]
+RUN += ["--model.vocab-size", "258", "--model.num-layers", "2", "--model.embed-dim", "16", "--model.num-heads", "4"]
+RUN += ["--model.num-kv-heads", "2", "--model.head-dim", "8", "--model.mlp-dim", "24", "--optimizer.learning-rate", "1e-30"]
+
+
+@pytest.mark.slow
+def test_a_run_starts_from_a_folder_and_is_exported_to_another(tmp_path, monkeypatch, capsys):
+    """With steps too small to see, what comes out is what went in. Starting from random weights breaks it."""
+    monkeypatch.chdir(tmp_path)
+    model = model_of(dataclasses.replace(LLAMA, vocab_size=258))
+    hf.save(model, "there", dtype="float32")
+    assert cli.main([*RUN, "--out", "run", "--init-from", "there"]) == 0
+    assert cli.main(["export", "run", "back", "--dtype", "float32"]) == 0
+    for name, x in parameters(hf.load("back")).items():
+        np.testing.assert_allclose(x, parameters(model)[name], rtol=1e-6, err_msg=name)
+    assert cli.main([*RUN, "--out", "other", "--init-from", "there", "--model.num-kv-heads", "4"]) == 2
+    assert "model.num_kv_heads is 4, but in there it is 2; set model.num_kv_heads to that." in capsys.readouterr().err
+    assert cli.main(["export", "there", "away"]) == 2
+    assert "there is no run of ulysses" in capsys.readouterr().err

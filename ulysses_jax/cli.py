@@ -16,7 +16,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import jax
 import tyro
@@ -36,6 +36,7 @@ USAGE = """usage: ulysses train RECIPE [--out DIR] [--dry-run] [--field value â€
        ulysses train RECIPE --help     every field, with its value in this recipe
        ulysses train --list            the recipes
        ulysses verify RECIPE [--field value â€¦]     is the parallel step what one device computes?
+       ulysses export RUN FOLDER [--dtype bfloat16]     a run's weights, as a Hugging Face folder
        ulysses plan --model NAME --gpu h100 --devices 8 [--length T | --longest]     what will it need and take?"""
 
 
@@ -88,8 +89,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise ValueError(f"verify needs a recipe first; the recipes are {', '.join(recipes.RECIPES)}.")
             case ["plan", *rest]:
                 return plan(rest, console)
+            case ["export", *rest]:
+                export(rest, console)
             case [command, *_]:
-                raise ValueError(f"there is no command {command!r}; the commands are: train, verify, plan. See ulysses --help.")
+                raise ValueError(
+                    f"there is no command {command!r}; the commands are: train, verify, plan, export. See ulysses --help."
+                )
     except (ValueError, NotImplementedError, OSError) as error:
         if not _is_refusal(error):
             raise
@@ -275,6 +280,29 @@ def plan(arguments: Sequence[str], console: Console) -> int:
     return 0
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportCommand:
+    """Write the weights of a run's newest save as a Hugging Face folder."""
+
+    run: tyro.conf.Positional[Path]
+    """the run's folder"""
+    folder: tyro.conf.Positional[Path]
+    """where to write"""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """of the weights written"""
+
+
+def export(arguments: Sequence[str], console: Console) -> None:
+    """`ulysses export`."""
+    command = _command(ExportCommand, "export", arguments)
+    runtime.initialize(1)
+    from ulysses_jax import hf
+    from ulysses_jax.train import load_run
+
+    hf.save(load_run(command.run), command.folder, dtype=command.dtype)
+    console.print(f"{command.folder} holds the weights of {command.run}", highlight=False, soft_wrap=True)
+
+
 def show_plan(found: "Plan", compiled: dict[str, float] | None, model: str, console: Console) -> None:
     """A plan as tables: its policy, bytes on the device, on the host and on the wire, and times; beside them what compiled."""
     config, seconds = found.config, found.seconds
@@ -308,15 +336,20 @@ def show_plan(found: "Plan", compiled: dict[str, float] | None, model: str, cons
     show(console, "predicted time of a step", times)
 
 
-def _plan_command(arguments: Sequence[str]) -> PlanCommand:
+def _command[T](kind: type[T], name: str, arguments: Sequence[str]) -> T:
+    """What the arguments of a command without a recipe say."""
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
-            command = tyro.cli(PlanCommand, args=list(arguments), prog="ulysses plan", config=(tyro.conf.FlagCreatePairsOff,))
+            return tyro.cli(kind, args=list(arguments), prog=f"ulysses {name}", config=(tyro.conf.FlagCreatePairsOff,))
     except SystemExit as stop:
         if stop.code in (0, None):  # --help
             raise
-        raise ValueError(f"{_inside(box.getvalue())} See ulysses plan --help.") from None
+        raise ValueError(f"{_inside(box.getvalue())} See ulysses {name} --help.") from None
+
+
+def _plan_command(arguments: Sequence[str]) -> PlanCommand:
+    command = _command(PlanCommand, "plan", arguments)
     known = [*recipes.MODELS, *recipes.RECIPES]
     if command.model not in known:
         raise ValueError(f"--model is {command.model!r}; it must be one of {', '.join(known)}.")

@@ -415,6 +415,8 @@ class TrainConfig:
     eval_batches: int = 4
     seed: int = 0
     """of the parameters' initial values"""
+    init_from: str | None = None
+    """a Hugging Face folder whose weights the run starts from (extra: hf); random weights by default"""
     tensorboard: bool = False
     """also write TensorBoard events (extra: tracking)"""
     wandb: str | None = None

@@ -23,10 +23,14 @@ from ulysses_jax.config import MemoryConfig, ModelConfig, RopeScaling
 from ulysses_jax.model import Transformer
 from ulysses_jax.zero import zero_shardings
 
-__all__ = ["load", "read_config", "save"]
+__all__ = ["check", "load", "load_params", "read_config", "save"]
+
+type Tree = Any
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+SHAPE = ("vocab_size", "num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim")
+SHAPE += ("qk_norm", "projection_bias", "tie_embeddings")
 FILE_BYTES = 5e9  # of one file of weights, as Hugging Face cuts them
 
 
@@ -87,8 +91,33 @@ def load(
         places = jax.tree.map(lambda _: SingleDeviceSharding(jax.local_devices()[0]), params)
     else:
         places = zero_shardings(params, (), mesh=mesh, stage=stage)[0]
+    return nnx.merge(graph, _read_all(folder, params, places))
+
+
+def check(folder: str | Path, config: ModelConfig) -> None:
+    """Refuse a folder whose weights a model of `config` cannot take; windows and RoPE may differ, as long contexts change them.
+
+    Raises:
+      ValueError: the first size that differs, or as for `read_config`.
+    """
+    found = read_config(folder)
+    for name in SHAPE:
+        ours, theirs = getattr(config, name), getattr(found, name)
+        _need(ours == theirs, f"model.{name} is {ours}, but in {folder} it is {theirs}; set model.{name} to that.")
+
+
+def load_params(folder: str | Path, params: Tree) -> Tree:
+    """The parameters of a Hugging Face folder, where `params` (shapes with shardings, of a model that passes `check`) says.
+
+    Raises:
+      ValueError: as for `load`.
+    """
+    return _read_all(Path(folder), params, jax.tree.map(lambda x: x.sharding, params))
+
+
+def _read_all(folder: Path, params: Tree, places: Tree) -> Tree:
     with _tensors(folder) as tensors:
-        _check_names(tensors, params, config)
+        _check_names(tensors, params)
 
         def read(path, x: jax.ShapeDtypeStruct, place) -> jax.Array:
             def part(index: Any) -> np.ndarray:
@@ -96,7 +125,7 @@ def load(
 
             return jax.make_array_from_callback(x.shape, place, part)
 
-        return nnx.merge(graph, jax.tree_util.tree_map_with_path(read, params, places))
+        return jax.tree_util.tree_map_with_path(read, params, places)
 
 
 def read_config(folder: str | Path) -> ModelConfig:
@@ -210,16 +239,16 @@ def _their_shape(shape: tuple[int, ...], inputs: int) -> tuple[int, ...]:
     return (math.prod(shape[inputs:]), math.prod(shape[:inputs])) if inputs else (math.prod(shape),)
 
 
-def _check_names(tensors: dict[str, Any], params: Any, config: ModelConfig) -> None:
+def _check_names(tensors: dict[str, Any], params: Tree) -> None:
     """Refuse before anything is read what would be missing or left over afterwards."""
     wanted = {}
     for path, x in jax.tree_util.tree_leaves_with_path(params):
         own = _path(path)
-        for name, inputs in _names(own, config.num_layers):
+        for name, inputs in _names(own, x.shape[0]):
             wanted[name] = x.shape if own in OTHERS else _their_shape(x.shape[1:], inputs)
     missing = [name for name in wanted if name not in tensors]
     _need(not missing, f"{len(missing)} tensors are missing, such as {missing[:1]}; download the folder again.")
-    known = {*wanted, *(OTHERS.values() if config.tie_embeddings else ())}
+    known = {*wanted, OTHERS["head.table"]} if "head" not in params else set(wanted)
     strange = [name for name in tensors if name not in known and not name.endswith("rotary_emb.inv_freq")]
     _need(not strange, f"{len(strange)} tensors belong to no part of the model, such as {strange[:1]}.")
     for name, shape in wanted.items():

@@ -23,10 +23,10 @@ from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 
-from ulysses_jax import costs
+from ulysses_jax import costs, hf
 from ulysses_jax.attention import check_platform, make_mask
 from ulysses_jax.attention.blocked import varying_like
-from ulysses_jax.config import MemoryConfig, OptimizerConfig, TrainConfig
+from ulysses_jax.config import MemoryConfig, MeshConfig, OptimizerConfig, TrainConfig, from_dict
 from ulysses_jax.data import END, Corpus, Packing, byte_entropy, open_corpus, place, read_ahead
 from ulysses_jax.memory import HOST, stream_update, to_host
 from ulysses_jax.mesh import DATA, RING, SEQ, make_mesh, token_order, token_spec
@@ -36,7 +36,7 @@ from ulysses_jax.runtime import Stop, stopping
 from ulysses_jax.ulysses import ShardAttention
 from ulysses_jax.zero import Stored, Unshard, hold, zero_shardings
 
-__all__ = ["Program", "batch_shapes", "build", "compiler_options", "make_optimizer", "run", "token_losses"]
+__all__ = ["Program", "batch_shapes", "build", "compiler_options", "load_run", "make_optimizer", "run", "token_losses"]
 
 LAYERS = "layers"
 
@@ -362,6 +362,8 @@ def run(config: TrainConfig, out: Path, console: Console | None = None, *, stop:
         )
     packing = Packing(corpus.train, config.data, config.model.vocab_size, is_causal=config.model.is_causal)
     packing.batch(0)  # unreadable or unfitting data shows before anything compiles
+    if config.init_from is not None and not (out / "checkpoints").exists():
+        hf.check(config.init_from, config.model)
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
     check_platform(config.implementation, mesh.devices.flat[0].platform)
     speaks = jax.process_index() == 0
@@ -381,7 +383,7 @@ def run(config: TrainConfig, out: Path, console: Console | None = None, *, stop:
             kind = mesh.devices.flat[0].device_kind
             report.say(f"compiling for {mesh.size} × {kind}")
             step = program.step.lower(program.abstract, batch_shapes(config, mesh)).compile()
-            state = program.init() if state is None else state
+            state = _first_state(program) if state is None else state
             state, finished = _loop(program, step, state, first, packing, corpus, checkpoints, report, stop)
         if not finished:
             console.print(
@@ -393,6 +395,15 @@ def run(config: TrainConfig, out: Path, console: Console | None = None, *, stop:
         _finish(out, summary)
         conclude(console, out, summary)
     return summary
+
+
+def _first_state(program: Program) -> State:
+    """Random parameters, or those of `init_from`, and an optimizer that has seen nothing."""
+    state = program.init()
+    if program.config.init_from is not None:
+        del state["params"]  # there is not room for both
+        state["params"] = hf.load_params(program.config.init_from, program.abstract["params"])
+    return state
 
 
 def _loop(program, step, state, first, packing, corpus, checkpoints, report, stop) -> tuple[State, bool]:
@@ -479,6 +490,29 @@ def _on_mesh(local: Callable, config: TrainConfig, mesh: Mesh, graph, parts: tup
         return local(config, graph, hold(_host_layers(params, config.memory), params_at, grads_at), batch)
 
     return jax.shard_map(on_one_device, mesh=mesh, in_specs=(_specs(params_at), token_spec(mesh)), out_specs=out_specs)
+
+
+def load_run(out: Path) -> Transformer:
+    """The model of a run's newest save, on one device of this process.
+
+    Raises:
+      ValueError: a folder that is no run, or has no undamaged save.
+    """
+    from ulysses_jax.checkpoint import Checkpoints
+
+    path = out / "config.json"
+    try:
+        config = from_dict(json.loads(path.read_text())["config"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"{out} is no run of ulysses: {path} cannot be read. Name the --out of a run.") from None
+    config = dataclasses.replace(config, mesh=MeshConfig(), memory=MemoryConfig(), implementation=None)
+    program = build(config, make_mesh(devices=jax.local_devices()[:1]))
+    with Checkpoints(out / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
+        found = checkpoints.restore(program.abstract)
+    if found is None:
+        raise ValueError(f"{out} has no save yet; it has one after {config.checkpoint.every} steps.")
+    graph = nnx.split(nnx.eval_shape(lambda: Transformer(config.model, rngs=nnx.Rngs(0))))[0]
+    return nnx.merge(graph, found[1]["params"])
 
 
 def _loss_and_grads(
