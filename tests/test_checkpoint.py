@@ -1,6 +1,7 @@
 """Saving and restoring: onto every mesh, bit for bit, and around damage."""
 
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -214,9 +215,26 @@ def test_a_step_already_saved_is_left_alone(tmp_path):
     assert restored_step(tmp_path) == 1
 
 
-def test_a_save_is_signed_before_the_next_begins(tmp_path):
-    """A crash between two saves leaves the older one with its manifest."""
+def test_a_save_is_signed_as_soon_as_it_is_written(tmp_path):
+    """Signing with the next save, or at the end, breaks it: a crash before would leave the newest unchecked."""
     with Checkpoints(tmp_path, keep=3) as checkpoints:
         checkpoints.save(1, small(1))
-        checkpoints.save(2, small(2))
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "1" / MANIFEST).exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert damage(tmp_path / "1") is None
         assert (tmp_path / "1" / MANIFEST).exists()
+
+
+def test_an_unsigned_save_is_told_of_and_passed_over_if_it_cannot_be_read(tmp_path, caplog):
+    """A run that was killed while it wrote. To sign such files afterwards would vouch for what nobody checked."""
+    save(tmp_path, 1, 2)
+    (tmp_path / "2" / MANIFEST).unlink()
+    with caplog.at_level(logging.WARNING, "ulysses_jax"):
+        assert restored_step(tmp_path) == 2
+        assert "checkpoint 2 was never signed" in caplog.text
+        assert not (tmp_path / "2" / MANIFEST).exists()
+        for path in files(tmp_path / "2"):
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        assert restored_step(tmp_path) == 1
+    assert folders(tmp_path) == {"1", "damaged-2"}

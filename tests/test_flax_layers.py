@@ -117,6 +117,17 @@ def test_trap_14_a_mask_given_through_linen_changes_the_output(mesh, x, linen_pa
     assert relative_error(apply(linen_params, x), want) > 0.1
 
 
+@pytest.mark.parametrize("beside", [{"is_causal": True}, {"segment_ids": "ids"}, {"local_window_size": (3, 0)}])
+def test_what_a_call_says_beside_a_mask_is_refused_not_dropped(mesh, beside):
+    """Dropping it would let a layer called causal see the future."""
+    q = jnp.ones((2, 16, 8, 4))
+    ids = jnp.zeros((2, 16), jnp.int32)
+    given: Any = {name: ids if value == "ids" else value for name, value in beside.items()}
+    with pytest.raises(ValueError, match="mask"):
+        attention_fn(mesh)(q, q, q, mask=make_mask(16), **given)
+    attention_fn(mesh, is_causal=True)(q, q, q, mask=make_mask(16))  # an option is replaced
+
+
 def test_a_call_hands_on_sinks(mesh):
     """Leaving them out of what `FlaxAttention.__call__` hands on breaks it."""
     q, k, v = (jax.random.normal(key, (B, T, N, 4)) for key in jax.random.split(jax.random.key(3), 3))

@@ -1,13 +1,14 @@
 """Saving and restoring a run's state with Orbax, onto any mesh, and finding damage before it does harm.
 
 Orbax writes arrays by global index, so what was saved on one mesh restores onto every other. It does not notice a flipped
-bit in array data, so each finished save gets a manifest with the CRC-32 of every file; a save that no longer matches is moved
-aside, named, and the one before it used.
+bit in array data, so each save gets a manifest with the CRC-32 of every file as soon as it is written; a save that no longer
+matches is moved aside, named, and the one before it used.
 """
 
 import json
 import logging
 import zlib
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,8 @@ class Checkpoints:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager(self.folder, options=self._options)
+        self._signer, self._signing = ThreadPoolExecutor(1, "checkpoint"), Future()
+        self._signing.set_result(None)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -61,15 +64,19 @@ class Checkpoints:
             return
         self.wait()
         self._manager.save(step, args=ocp.args.StandardSave(state), force=True)
+        self._signing = self._signer.submit(self._sign, self.folder / str(step))
 
     def wait(self) -> None:
-        """Finish what is being written, and sign it."""
+        """Finish what is being written and signed."""
+        self._signing.result()
+
+    def _sign(self, folder: Path) -> None:
+        """Once it is written: what is signed later may be damaged by then."""
         self._manager.wait_until_finished()
         if jax.process_index() == 0:
-            for step in self._manager.all_steps():
-                manifest = self.folder / str(step) / MANIFEST
-                if manifest.parent.is_dir() and not manifest.exists():
-                    manifest.write_text(json.dumps(_checksums(manifest.parent)))
+            part = folder / f"{MANIFEST}.part"
+            part.write_text(json.dumps(_checksums(folder)))
+            part.replace(folder / MANIFEST)
 
     def restore(self, like: Tree) -> tuple[int, Tree] | None:
         """The newest undamaged save, laid out as `like`: a tree of `jax.ShapeDtypeStruct` with shardings.
@@ -80,11 +87,19 @@ class Checkpoints:
         Raises:
           ValueError: saves are there, but all are damaged; they stay in the folder under damaged names.
         """
+        self.wait()
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
-            problem = self._agree(damage(self.folder / str(step)) if jax.process_index() == 0 else None)
+            folder = self.folder / str(step)
+            problem = self._agree(damage(folder) if jax.process_index() == 0 else None)
             if problem is None:
-                return step, self._manager.restore(step, args=ocp.args.StandardRestore(like))
+                try:
+                    return step, self._manager.restore(step, args=ocp.args.StandardRestore(like))
+                except Exception as error:
+                    # Signed files are as they were written, so that `like` is wrong. Several processes would not all be here.
+                    if (folder / MANIFEST).exists() or jax.process_count() > 1:
+                        raise
+                    problem = f"it was never signed, and cannot be read: {str(error).splitlines()[0]:.200}"
             self._set_aside(step, problem)
         if steps:
             raise ValueError(
@@ -95,8 +110,11 @@ class Checkpoints:
 
     def close(self) -> None:
         """Finish and let go of the folder."""
-        self.wait()
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._signer.shutdown()
+            self._manager.close()
 
     def _set_aside(self, step: int, problem: str) -> None:
         _log.warning("checkpoint %d is damaged (%s); using the one before it", step, problem)
@@ -120,6 +138,9 @@ def damage(folder: Path) -> str | None:
     """What is wrong with a saved step's files, in words; None if they match their manifest, or were never signed."""
     manifest = folder / MANIFEST
     if not manifest.exists():
+        _log.warning(
+            "checkpoint %s was never signed, as its run ended while it was written; its data is not checked", folder.name
+        )
         return None
     try:
         expected = json.loads(manifest.read_text())
@@ -137,7 +158,7 @@ def damage(folder: Path) -> str | None:
 def _checksums(folder: Path) -> dict[str, list[int]]:
     """Size and CRC-32 of every file below `folder`."""
     sums = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(MANIFEST)):
         checksum = 0
         with path.open("rb") as file:
             while chunk := file.read(1 << 22):

@@ -69,15 +69,9 @@ class FlaxAttention:
                 raise NotImplementedError(f"{name} is set, which ulysses_attention cannot do. {way_out}")
         if dtype is not None:
             query, key, value = (x.astype(dtype) for x in (query, key, value))
-        own = (
-            {}
-            if mask is not None
-            else {
-                "is_causal": is_causal or self.is_causal,
-                "local_window_size": self.local_window_size if local_window_size is None else local_window_size,
-                "segment_ids": segment_ids,
-                "block_mask": self.block_mask if block_mask is None else block_mask,
-            }
+        # A mask replaces the options; what the call itself says beside one is handed on, and refused by name.
+        options = (
+            dataclasses.replace(self, is_causal=False, local_window_size=None, block_mask=None) if mask is not None else self
         )
         return ulysses_attention(
             query,
@@ -85,6 +79,10 @@ class FlaxAttention:
             value,
             mesh=self.mesh,
             mask=mask,
+            is_causal=is_causal or options.is_causal,
+            local_window_size=options.local_window_size if local_window_size is None else local_window_size,
+            segment_ids=segment_ids,
+            block_mask=options.block_mask if block_mask is None else block_mask,
             sinks=sinks,
             scale=self.scale if scale is None else scale,
             logits_soft_cap=self.logits_soft_cap if logits_soft_cap is None else logits_soft_cap,
@@ -94,7 +92,6 @@ class FlaxAttention:
             head_axis=self.head_axis,
             ring_axis=self.ring_axis,
             balanced=self.balanced,
-            **own,
         )
 
 
