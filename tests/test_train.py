@@ -294,6 +294,22 @@ def test_a_complete_run_is_not_run_again(text, uninterrupted):
     assert before == {path: path.read_bytes() for path in out.glob("*.*")}
 
 
+def test_parameters_that_are_not_finite_are_not_saved(text, tmp_path, monkeypatch):
+    """A row that no token reads spoils neither loss nor gradient; saved, the run could never go on."""
+    config = run_config(text)
+
+    def spoilt() -> train.State:
+        state = first_state(config)
+        table = state["params"]["embedding"]["table"]
+        return state | {"params": state["params"] | {"embedding": {"table": table.at[-1].set(jnp.inf)}}}
+
+    shared = train.build
+    monkeypatch.setattr(train, "build", lambda config, mesh: dataclasses.replace(shared(config, mesh), init=spoilt))
+    with pytest.raises(ValueError, match=r"parameters are not finite after step \d+; the last save is kept"):
+        train.run(config, tmp_path / "run", QUIET)
+    assert not any((tmp_path / "run" / "checkpoints").iterdir())
+
+
 def test_a_loss_that_is_not_finite_ends_the_run(text, tmp_path, monkeypatch):
     """At the first logged step, and nothing of it is written; looking only where a checkpoint is due breaks it."""
     config = run_config(text)

@@ -293,6 +293,25 @@ def test_the_core_runs_in_a_shard_map_of_the_callers(ids_are, data, seq):
     assert errors_beyond(TOLERANCE["float32"], got, expected("packed")) == {}
 
 
+def test_the_core_takes_kv_heads_that_are_whole_where_an_axis_divides_those_of_queries():
+    """Multi-query attention under tensor parallelism: gradients of k and v are sums over that axis."""
+    mesh = jax.make_mesh((2, 2, 2), ("data", "seq", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    case = Case(B=2, T=16, N=4, K=1, H=8, is_causal=True)
+    q, k, v, d_out, _ = map(jnp.asarray, case.arrays().values())
+    tokens, heads = PartitionSpec("data", "seq"), PartitionSpec("data", "seq", "tensor")
+    core = functools.partial(ulysses_attention_shard, is_causal=True)
+    attend = jax.shard_map(core, mesh=mesh, in_specs=(heads, tokens, tokens), out_specs=heads)
+
+    @jax.jit
+    def run(q, k, v, d_out):
+        out, back = jax.vjp(attend, q, k, v)
+        return dict(zip(("out", "dq", "dk", "dv"), (out, *back(d_out)), strict=True))
+
+    want = case.expected(lse_cotangent=False)
+    got = run(q, k, v, d_out)
+    assert errors_beyond(TOLERANCE["float32"], got, {name: want[name] for name in got}) == {}
+
+
 @pytest.mark.parametrize("inside_jit", [False, True], ids=["eager", "jit"])
 def test_a_prepared_mask_equals_its_options(inside_jit):
     """Replicating the mask's ids instead of dividing them over the batch gives shapes that do not fit."""

@@ -357,7 +357,8 @@ class Transformer(nnx.Module):
         Args:
           tokens: integers [B, T].
           segment_ids: integers, handed to the attention as they are; see there.
-          positions: integers [B, T]; 0 … T−1 by default. On a divided sequence they say where this device's tokens stand.
+          positions: integers [B, T]; 0 … T−1 by default. In a `shard_map` that divides the sequence give them: they say where
+            this device's tokens stand, and by default all devices would count from 0. So for the balanced order of a ring.
           mask: a `make_mask` result, in place of the config's causality and window and of `segment_ids`.
 
         Returns:

@@ -39,6 +39,7 @@ from ulysses_jax.zero import Stored, Unshard, hold, zero_shardings
 __all__ = ["Program", "batch_shapes", "build", "compiler_options", "load_run", "make_optimizer", "run", "token_losses"]
 
 LAYERS = "layers"
+WAY_OUT = "the last save is kept. Try a lower optimizer.learning_rate, in another --out."
 
 type Tree = Any
 type State = dict[str, Tree]
@@ -418,7 +419,7 @@ def _loop(program, step, state, first, packing, corpus, checkpoints, report, sto
         ahead = metrics["loss"]
         if i % config.log_every == 0 or i in (1, config.steps):
             values = {name: float(x) for name, x in metrics.items()}
-            _refuse_divergence(values["loss"], i)
+            _refuse_divergence(values, i)
             seconds = (time.perf_counter() - since) / (i - at)
             report.write({"step": i, **values, **costs.rates(config, seconds, kind, pairs=pairs // (i - at))})
             since, at, pairs = time.perf_counter(), i, 0
@@ -428,17 +429,25 @@ def _loop(program, step, state, first, packing, corpus, checkpoints, report, sto
             report.write({"step": i, **evaluate(program, state["params"], corpus)})
             since, at, pairs = time.perf_counter(), i, 0
         if asked or i == config.steps or i % config.checkpoint.every == 0:
-            _refuse_divergence(float(metrics["loss"]), i)
+            _refuse_divergence(metrics, i)
+            if not config.memory.offload_params and not _all_finite(state["params"]):
+                raise ValueError(f"parameters are not finite after step {i}; {WAY_OUT}")
             checkpoints.save(i, state)
         if asked and i < config.steps:
             return state, False
     return state, True
 
 
-def _refuse_divergence(loss: float, step: int) -> None:
-    """End the run before what is not finite is logged or saved."""
-    if not math.isfinite(loss):
-        raise ValueError(f"the loss is {loss} at step {step}; the last save is kept. Try a lower optimizer.learning_rate.")
+def _refuse_divergence(metrics: dict[str, Any], step: int) -> None:
+    """End the run before what is not finite is logged or saved; the loss is that of before the update, its gradient's not."""
+    for name in ("loss", "grad_norm"):
+        if not math.isfinite(value := float(metrics[name])):
+            raise ValueError(f"the {name} is {value} at step {step}; {WAY_OUT}")
+
+
+@jax.jit
+def _all_finite(tree: Tree) -> Array:
+    return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
 
 
 def evaluate(program: Program, params: Tree, corpus: Corpus) -> dict[str, float]:

@@ -47,6 +47,7 @@ from ulysses_jax.attention import (
     pair_of_ids,
     take_heads,
 )
+from ulysses_jax.attention.blocked import varying_like
 from ulysses_jax.config import deal_heads
 from ulysses_jax.mesh import DATA, SEQ, axes_size
 from ulysses_jax.ring import ring_attention_shard
@@ -173,6 +174,8 @@ def ulysses_attention_shard(
     check_heads(*plain)
     check_ring(ring_axis, balanced=balanced, segment_ids=segment_ids, mask=mask)
     degree = _degree(axis_name)
+    # Heads of keys may be whole on an axis that divides those of queries: their gradients are sums over it.
+    q, k, v = (varying_like(x, q, k, v) for x in (q, k, v))
     T, S = _lengths(*plain[:2], degree, length, ring_axis)
     dealing = None if dealt_already else deal_heads(q.shape[2], k.shape[2], degree)
     if dealing is not None:
@@ -250,7 +253,8 @@ def ulysses_attention(
         holds ⌈T/P⌉ tokens and computes ⌈N/P⌉ heads.
       batch_axes: the axes that divide B.
       head_axis: an axis that already divides N and K (tensor parallelism), if any.
-      segment_ids: [B, T], or ([B, T], [B, S]).
+      segment_ids: [B, T], or ([B, T], [B, S]), in the sequence's own order, even where tokens are `balanced`. Each id should be
+        one run of tokens; see `dot_product_attention`.
       block_mask: a `BlockMask`, one layout for all heads or one for each of the N; see `dot_product_attention`.
       sinks: [N] float32, a logit for each query head; see `dot_product_attention`.
       mask: a `make_mask` result, in place of `is_causal`, `local_window_size`, `segment_ids` and `block_mask`.
@@ -261,7 +265,8 @@ def ulysses_attention(
       is_causal, scale, local_window_size, logits_soft_cap, implementation, deterministic: as in `dot_product_attention`.
 
     Returns:
-      [B, T, N, H], laid out like q: batch over `batch_axes`, length over `seq_axis`, heads over `head_axis`.
+      [B, T, N, H], laid out like q: batch over `batch_axes`, length over `seq_axis`, heads over `head_axis`. Where P does not
+      divide T jax cannot divide such arrays, and each device holds all of their length outside of the attention: pad long ones.
 
     Raises:
       ValueError: an axis the mesh lacks, or a dim that its axes do not divide.

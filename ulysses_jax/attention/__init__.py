@@ -94,7 +94,8 @@ def dot_product_attention(
       is_causal: query t sees keys s ≤ t.
       scale: factor on the logits; 1/√H by default.
       local_window_size: `(left, right)` or one number for both; query t sees t − left ≤ s ≤ t + right.
-      segment_ids: [B, T], or ([B, T], [B, S]); a query sees only keys of its own id (packed documents).
+      segment_ids: [B, T], or ([B, T], [B, S]); a query sees only keys of its own id (packed documents). For "pallas", which
+        Hopper GPUs take by themselves, each id must be one run of tokens, that of padding too; if it is not, out is NaN.
       logits_soft_cap: c in c · tanh(logits / c), applied before masking (Gemma 2).
       block_mask: a `BlockMask`, one layout for all heads or one for each: a query sees only the blocks of keys it names.
       sinks: [N] float32, a learned logit a_n for each query head, as of a key that all queries see and whose value is zero: the
