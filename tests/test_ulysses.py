@@ -312,6 +312,26 @@ def test_the_core_takes_kv_heads_that_are_whole_where_an_axis_divides_those_of_q
     assert errors_beyond(TOLERANCE["float32"], got, {name: want[name] for name in got}) == {}
 
 
+def test_global_arrays_inside_a_shard_map_over_another_axis():
+    """Stages of a pipeline, say; over an axis of attention's own it is refused, by name."""
+    mesh = jax.make_mesh((2, 2, 2), ("pipe", "data", "seq"), axis_types=(AxisType.Auto,) * 3)
+    case = Case(B=2, T=16, N=4, K=2, H=8, is_causal=True)
+    q, k, v, d_out, _ = map(jnp.asarray, case.arrays().values())
+    core = functools.partial(ulysses_attention, mesh=mesh, is_causal=True)
+
+    @jax.jit
+    def run(q, k, v, d_out):
+        attend = jax.shard_map(core, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), axis_names={"pipe"})
+        out, back = jax.vjp(attend, q, k, v)
+        return dict(zip(("out", "dq", "dk", "dv"), (out, *back(d_out)), strict=True))
+
+    want = case.expected(lse_cotangent=False)
+    got = run(q, k, v, d_out)
+    assert errors_beyond(TOLERANCE["float32"], got, {name: want[name] for name in got}) == {}
+    with pytest.raises(ValueError, match=r"mesh axis 'seq' is divided already.* Call ulysses_attention_shard"):
+        jax.shard_map(core, mesh=mesh, in_specs=PartitionSpec("data"), out_specs=PartitionSpec("data"))(q, k, v)
+
+
 @pytest.mark.parametrize("inside_jit", [False, True], ids=["eager", "jit"])
 def test_a_prepared_mask_equals_its_options(inside_jit):
     """Replicating the mask's ids instead of dividing them over the batch gives shapes that do not fit."""

@@ -278,6 +278,7 @@ def ulysses_attention(
     batch_axes = axis_names(batch_axes)
     check_heads(q, k, v)
     check_axes(mesh, seq_axis, batch_axes, head_axis, ring_axis)
+    mesh = _mesh_here(mesh, (seq_axis, *batch_axes, *(axis for axis in (head_axis, ring_axis) if axis)))
     check_ring(ring_axis, balanced=balanced, segment_ids=segment_ids, mask=mask)
     _check_sizes(q, k, mesh, seq_axis, batch_axes, head_axis, ring_axis)
     is_causal, scale, logits_soft_cap = check_options(is_causal, scale, logits_soft_cap, implementation)
@@ -311,6 +312,20 @@ def ulysses_attention(
     masks = jax.tree.map(lambda x, spec: _place(x, mesh, spec), masks, layout.masks(*masks))
     sinks = None if sinks is None else _place(sinks, mesh, layout.per_head)
     return _on_mesh(q, k, v, sinks, *masks, layout=layout, options=tuple(options.items()))
+
+
+def _mesh_here(mesh: Mesh, axes: tuple[str, ...]) -> Mesh:
+    """The mesh, or inside a caller's `shard_map` over other axes of it the one that says so."""
+    context = jax.sharding.get_abstract_mesh()
+    manual = {axis for axis, kind in zip(context.axis_names, context.axis_types, strict=True) if kind == AxisType.Manual}
+    if not manual.intersection(mesh.axis_names):
+        return mesh
+    if used := [axis for axis in axes if axis in manual]:
+        raise ValueError(
+            f"mesh axis {used[0]!r} is divided already, by the shard_map around this call, and q is no global array. "
+            "Call ulysses_attention_shard there, on this device's part."
+        )
+    return cast(Mesh, context)
 
 
 class _Layout(NamedTuple):
