@@ -332,6 +332,16 @@ def test_global_arrays_inside_a_shard_map_over_another_axis():
         jax.shard_map(core, mesh=mesh, in_specs=PartitionSpec("data"), out_specs=PartitionSpec("data"))(q, k, v)
 
 
+def test_gradients_of_copied_heads_add_up_in_float32():
+    """In bfloat16 the sum of 64 copies' loses three of its eight bits."""
+    copies = np.random.default_rng(0).normal(1, 0.1, (1, 4, 64, 8))
+    x, d = jnp.ones((1, 4, 1, 8), jnp.bfloat16), jnp.asarray(copies, jnp.bfloat16)
+    (gradient,) = jax.vjp(lambda x: take_heads(x, (0,) * 64), x)[1](d)
+    want = np.asarray(d, np.float64).sum(2, keepdims=True)
+    assert relative_error(gradient, want) < 2.0**-9
+    assert gradient.dtype == jnp.bfloat16
+
+
 @pytest.mark.parametrize("inside_jit", [False, True], ids=["eager", "jit"])
 def test_a_prepared_mask_equals_its_options(inside_jit):
     """Replicating the mask's ids instead of dividing them over the batch gives shapes that do not fit."""

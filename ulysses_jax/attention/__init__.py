@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from ulysses_jax.attention.blocked import blocked_attention, blocked_attention_backward
+from ulysses_jax.attention.blocked import blocked_attention, blocked_attention_backward, varying_like
 from ulysses_jax.attention.hopper import hopper_attention, hopper_attention_backward, hopper_lacks
 from ulysses_jax.attention.masks import (
     BlockMask,
@@ -202,12 +202,32 @@ def attend_backward(
 
 
 def take_heads(x: Array, heads: tuple[int, ...], axis: int = 2) -> Array:
-    """[B, T, N, H] → [B, T, len(heads), H], the heads named, in that order; copies' gradients add up.
+    """[B, T, N, H] → [B, T, len(heads), H], the heads named, in that order; copies' gradients add up, in float32.
 
     Heads lie along `axis`: weights have them elsewhere.
     """
     if heads == tuple(range(x.shape[axis])):
         return x
+    return _taken(x, heads, axis) if len(set(heads)) == len(heads) else _copied(x, heads, axis, x.shape[axis])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _copied(x: Array, heads: tuple[int, ...], axis: int, count: int) -> Array:
+    """Some of `count` heads more than once: the gradients of many copies would lose bits, added up in 16."""
+    return _taken(x, heads, axis)
+
+
+def _copied_backward(heads: tuple[int, ...], axis: int, count: int, _, gradient: Array) -> tuple[Array]:
+    wide = gradient.astype(jnp.promote_types(gradient.dtype, jnp.float32))
+    shape = (*wide.shape[:axis], count, *wide.shape[axis + 1 :])
+    like = varying_like(jnp.zeros(shape, wide.dtype), wide)
+    return (jax.linear_transpose(lambda x: _taken(x, heads, axis), like)(wide)[0].astype(gradient.dtype),)
+
+
+_copied.defvjp(lambda x, heads, axis, count: (_taken(x, heads, axis), None), _copied_backward)
+
+
+def _taken(x: Array, heads: tuple[int, ...], axis: int) -> Array:
     runs, start = [], 0
     for i in range(1, len(heads) + 1):  # consecutive heads as one slice each: a gather's gradient would be a scatter
         if i == len(heads) or heads[i] != heads[i - 1] + 1:
