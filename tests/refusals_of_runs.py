@@ -225,6 +225,12 @@ COMMANDS = [
     Row("a single text file", f"{TINY} --data.source a.txt", ("is a single file", "folder"), lambda: write("a.txt", "a")),
     Row("an empty folder", TINY, ("'corpus' has no file", "data.pattern = '**/*'"), lambda: Path("corpus").mkdir()),
     Row("no file of that name", f"{TINY} --data.pattern *.md", ("no file", "data.pattern = '*.md'"), text),
+    Row(
+        "a folder of tokens and text",
+        TINY,
+        ("'corpus' holds tokens (t.npy) and text (a.txt)", "only one of the two", "data.pattern, such as '**/*.npy'"),
+        in_turn(text, array("corpus/t.npy", np.zeros(500, np.uint16))),
+    ),
     Row("too little text", f"{TINY} --data.seq-len 65536", ("6002 tokens", "data.seq_len = 65536", "shorter"), text),
     Row(
         ".npy of floats",

@@ -223,6 +223,32 @@ def test_hidden_and_empty_files_and_other_patterns_are_left_out(tmp_path):
     assert "notes.md" in names(open_corpus(source(tmp_path)).train + open_corpus(source(tmp_path)).held_out)
 
 
+@pytest.mark.parametrize("stray", [".cache/index.npy", ".git/objects/pack.bin", "part0/.index.bin"])
+def test_a_hidden_array_leaves_a_folder_its_text(stray, tmp_path):
+    """Broken by searching for arrays in hidden folders."""
+    before = open_corpus(source(texts(tmp_path)))
+    (tmp_path / stray).parent.mkdir(parents=True, exist_ok=True)
+    write(tmp_path / stray, range(100))
+    assert open_corpus(source(tmp_path)) == before
+
+
+def test_a_pattern_chooses_among_arrays_and_text(tmp_path):
+    """Broken by searching for arrays without the pattern."""
+    before = open_corpus(source(texts(tmp_path)))
+    for name in ("a.npy", "part0/b.npy", "c.bin"):
+        write(tmp_path / name, range(100))
+    assert open_corpus(source(tmp_path, pattern="**/*.txt")) == before
+    corpus = open_corpus(source(tmp_path, pattern="**/*.npy"))
+    assert (names(corpus.train + corpus.held_out), corpus.is_bytes) == ({"a.npy", "b.npy"}, False)
+
+
+def test_an_empty_file_beside_arrays_is_no_text(tmp_path):
+    write(tmp_path / "a.npy", range(100))
+    (tmp_path / "_SUCCESS").touch()
+    corpus = open_corpus(source(tmp_path))
+    assert names(corpus.train + corpus.held_out) == {"a.npy"}
+
+
 @pytest.mark.parametrize(
     ("file", "dtype", "options"),
     [
@@ -286,6 +312,8 @@ def spoil(folder: Path, kind: str) -> Path:
             np.save(folder / "a.npy", np.array([{}] * 100), allow_pickle=True)
         case "odd bytes":
             (folder / "a.bin").write_bytes(b"123")
+        case "two kinds":
+            write(texts(folder) / "part1" / "a.npy", range(100))
         case "too short":
             (folder / "a.txt").write_text("123456")
     return folder
@@ -302,6 +330,7 @@ def spoil(folder: Path, kind: str) -> Path:
         ("not npy", r"cannot be read as .npy"),
         ("pickle", r"cannot be read as .npy"),
         ("odd bytes", r"has 3 bytes, not a multiple of 2 \(uint16\); set data.token_dtype"),
+        ("two kinds", r"tokens \(part1/a.npy\) and text \(part0/0.txt\).*'\*\*/\*.npy' or '\*\*/\*.txt'"),
         ("too short", "fewer than one sequence of data.seq_len = 8"),
     ],
 )

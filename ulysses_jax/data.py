@@ -29,6 +29,9 @@ __all__ = ["END", "Batch", "Corpus", "Packing", "byte_entropy", "open_corpus", "
 END = 256
 """The token after the last byte of a document read as bytes."""
 
+ARRAYS = (".npy", ".bin")
+"""Suffixes of files of tokens; every other file is text."""
+
 type Batch = dict[str, np.ndarray]
 
 
@@ -74,7 +77,7 @@ def open_corpus(config: DataConfig) -> Corpus:
       ValueError: a source that is not there, has no usable file, or holds less than one sequence.
     """
     root, files = _files(config)
-    is_bytes = files[0].suffix not in (".npy", ".bin")
+    is_bytes = files[0].suffix not in ARRAYS
     per_file = [[_text(path)] if is_bytes else _arrays(path, config) for path in files]
     per_file = [kept for documents in per_file if (kept := [d for d in documents if d.length > 1])]
     if not per_file:
@@ -229,19 +232,27 @@ def _files(config: DataConfig) -> tuple[Path, list[Path]]:
             f"data.source {config.source!r} does not exist; name a folder of text files, a .npy or .bin file, or 'stdlib'."
         )
     if path.is_file():
-        if path.suffix not in (".npy", ".bin"):
+        if path.suffix not in ARRAYS:
             raise ValueError(
                 f"data.source {config.source!r} is a single file; only .npy and .bin may be. Name its folder instead."
             )
         return path.parent, [path]
-    arrays = sorted(p for p in path.rglob("*") if p.suffix in (".npy", ".bin"))
     visible = (p for p in path.glob(config.pattern) if not any(x.startswith(".") for x in p.relative_to(path).parts))
-    files = arrays or sorted(p for p in visible if p.is_file() and p.stat().st_size > 0)
-    if not files:
+    files = sorted(p for p in visible if p.is_file())
+    arrays = [p for p in files if p.suffix in ARRAYS]
+    texts = [p for p in files if p.suffix not in ARRAYS and p.stat().st_size > 0]  # an empty array is cut short, and said to be
+    if arrays and texts:  # ids of a tokenizer and bytes have no vocabulary in common
+        array, text = arrays[0].relative_to(path), texts[0].relative_to(path)
+        patterns = " or ".join(f"'**/*{p.suffix}'" for p in (array, text) if p.suffix)
+        raise ValueError(
+            f"data.source {config.source!r} holds tokens ({array}) and text ({text}), but a run reads only one of the two; "
+            f"choose by data.pattern, such as {patterns}."
+        )
+    if not (arrays or texts):
         raise ValueError(
             f"data.source {config.source!r} has no file that matches data.pattern = {config.pattern!r}; name another."
         )
-    return path, files
+    return path, arrays or texts
 
 
 def _text(path: Path) -> Document:
