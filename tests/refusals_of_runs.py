@@ -259,6 +259,12 @@ COMMANDS = [
         array("t.npy", np.full(500, 5000, np.uint16)),
     ),
     Row(
+        "token ids beyond int32",
+        f"{TINY} --data.source t.npy",
+        ("t.npy holds token id 4294967295", "below 2**31", "Write"),
+        array("t.npy", np.full(500, -1).astype(np.uint32)),
+    ),
+    Row(
         ".bin of odd size",
         f"{TINY} --data.source t.bin",
         ("t.bin has 999 bytes", "multiple of 2", "data.token_dtype"),

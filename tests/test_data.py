@@ -15,7 +15,7 @@ from ulysses_jax.mesh import make_mesh
 VOCAB = 1000
 
 
-def write(path: Path, tokens, dtype=np.uint16) -> None:
+def write(path: Path, tokens, dtype: type[np.integer] = np.uint16) -> None:
     tokens = np.asarray(tokens, dtype)
     np.save(path, tokens) if path.suffix == ".npy" else tokens.tofile(path)
 
@@ -163,6 +163,21 @@ def test_a_token_beyond_the_vocabulary_is_refused(tmp_path):
     p = dataclasses.replace(packing(tmp_path, 20, 20), vocab_size=30)
     with pytest.raises(ValueError, match=r"the data holds token id \d+, but model.vocab_size is 30; it must be at least"):
         [p.batch(step) for step in range(2)]
+
+
+@pytest.mark.parametrize(("file", "options"), [("a.npy", {}), ("a.bin", {"token_dtype": "uint32"})])
+def test_a_token_beyond_int32_is_refused_by_its_value(file, options, tmp_path):
+    """As int32 it is negative, so that no vocabulary is too small for it; broken by a check after the conversion."""
+    tokens = np.arange(1, 101)
+    tokens[3] = 2**31 - 1
+    write(tmp_path / file, tokens, np.uint32)
+    (train,) = open_corpus(source(tmp_path / file, **options)).train
+    assert train.read(0, 8).max() == 2**31 - 1
+    tokens[3] = 3_000_000_000
+    write(tmp_path / file, tokens, np.uint32)
+    message = rf"{file} holds token id 3000000000; it must be below 2\*\*31.*data.token_dtype"
+    with pytest.raises(ValueError, match=message):
+        Packing((train,), source(tmp_path, batch_size=12), VOCAB).batch(0)
 
 
 def texts(folder: Path, count: int = 20) -> Path:

@@ -47,10 +47,20 @@ class Document:
     ends: bool = False  # END follows the file's tokens
 
     def read(self, first: int, last: int) -> np.ndarray:
-        """Tokens first … last−1 of this document, int32."""
+        """Tokens first … last−1 of this document, int32.
+
+        Raises:
+          ValueError: a uint32 token that int32 cannot hold: it would be negative, and pass for one of the vocabulary.
+        """
         stored = min(last, self.length - self.ends)
         offset = self.offset + (self.start + first) * self.dtype.itemsize
-        tokens = np.fromfile(self.path, self.dtype, count=max(stored - first, 0), offset=offset).astype(np.int32)
+        tokens = np.fromfile(self.path, self.dtype, count=max(stored - first, 0), offset=offset)
+        if self.dtype == np.uint32 and (top := int(tokens.max(initial=0))) >= 2**31:
+            raise ValueError(
+                f"data file {self.path} holds token id {top}; it must be below 2**31. Write ids from 0 on; where a .bin file "
+                "is of another dtype, set data.token_dtype."
+            )
+        tokens = tokens.astype(np.int32)
         return np.append(tokens, np.int32(END)) if self.ends and last == self.length else tokens
 
 
