@@ -255,7 +255,7 @@ COMMANDS = [
     Row(
         "token ids beyond the vocabulary",
         f"{TINY} --data.source t.npy",
-        ("token id 5000", "model.vocab_size is 320", "at least 5001"),
+        ("token id 5000", "model.vocab_size is 320", "cover every id", "tokenizer's size"),
         array("t.npy", np.full(500, 5000, np.uint16)),
     ),
     Row(

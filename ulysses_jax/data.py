@@ -195,7 +195,8 @@ class Packing:
     def _check(self, tokens: np.ndarray) -> None:
         if (top := int(tokens.max())) >= self.vocab_size:
             raise ValueError(
-                f"the data holds token id {top}, but model.vocab_size is {self.vocab_size}; it must be at least {top + 1}."
+                f"the data holds token id {top}, but model.vocab_size is {self.vocab_size}; it must cover every id of the "
+                "tokenizer that wrote the data. Set it to that tokenizer's size."
             )
 
 
