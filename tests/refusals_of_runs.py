@@ -222,6 +222,11 @@ COMMANDS = [
     Row("verify with cuDNN without a GPU", "verify demo --implementation cudnn", ("'cudnn'", "'cpu'", "use 'xla'")),
     Row("a vocabulary smaller than bytes", f"{TINY} --model.vocab-size 100", ("is 100", "at least 258"), setup=text),
     Row("data that is not there", TINY, ("data.source 'corpus' does not exist", "'stdlib'")),
+    Row(
+        "data of a user that is not there",
+        f"{TINY} --data.source=~no-such-user/text",
+        ("data.source '~no-such-user/text' does not exist", "'stdlib'"),
+    ),
     Row("a single text file", f"{TINY} --data.source a.txt", ("is a single file", "folder"), lambda: write("a.txt", "a")),
     Row("an empty folder", TINY, ("'corpus' has no file", "data.pattern = '**/*'"), lambda: Path("corpus").mkdir()),
     Row("no file of that name", f"{TINY} --data.pattern *.md", ("no file", "data.pattern = '*.md'"), text),

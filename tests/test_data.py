@@ -306,6 +306,18 @@ def test_a_single_text_gives_its_end(tmp_path):
     np.testing.assert_array_equal(held_out.read(0, 10), [*b"123456789", END])
 
 
+def test_a_tilde_is_the_home_folder_and_stays_in_the_config(tmp_path, monkeypatch):
+    """A shell leaves it in `--data.source=~/x`; broken by opening the source as given."""
+    (tmp_path / "x").mkdir()
+    texts(tmp_path / "x")
+    write(tmp_path / "tokens.npy", range(100))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = DataConfig(source="~/x", seq_len=8)
+    assert open_corpus(config) == open_corpus(source(tmp_path / "x"))
+    assert config.source == "~/x"
+    assert open_corpus(DataConfig(source="~/tokens.npy", seq_len=8)).vocab_size is None
+
+
 def test_the_standard_library_is_there():
     corpus = open_corpus(DataConfig())
     assert sum(d.length for d in corpus.train) > 1_000_000

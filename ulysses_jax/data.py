@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import os
 import sysconfig
 import zipfile
 from collections.abc import Iterator
@@ -237,7 +238,7 @@ def _files(config: DataConfig) -> tuple[Path, list[Path]]:
         if not files:
             raise ValueError(f"data.source is 'stdlib', but {root} holds no .py file; name a folder of text files instead.")
         return root, files
-    path = Path(config.source).expanduser()
+    path = Path(os.path.expanduser(config.source))  # Path's own raises RuntimeError for a user that is not there
     if not path.exists():
         raise ValueError(
             f"data.source {config.source!r} does not exist; name a folder of text files, a .npy or .bin file, or 'stdlib'."
