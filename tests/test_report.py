@@ -73,8 +73,9 @@ def test_a_process_that_looks_while_the_writer_claims_the_folder_is_not_refused(
         changed(accumulation=2),
         changed(checkpoint=CheckpointConfig(every=7)),
         changed(memory=MemoryConfig(save="all")),
+        changed(mesh=MeshConfig(data=2), model=dataclasses.replace(CONFIG.model, head_chunks=2)),
     ],
-    ids=["mesh", "ZeRO stage", "accumulation", "checkpoint", "memory"],
+    ids=["mesh", "ZeRO stage", "accumulation", "checkpoint", "memory", "head chunks"],
 )
 def test_a_run_may_go_on_elsewhere(tmp_path, now):
     """Broken by comparing the configs whole."""

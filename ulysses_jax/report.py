@@ -45,6 +45,7 @@ MAY_CHANGE = {
     "implementation",
     "accumulation",
     "memory",
+    "model.head_chunks",  # memory too, and mesh.seq bounds it
     "checkpoint",
     "log_every",
     "eval_every",
