@@ -69,9 +69,14 @@ def broken_checkpoints() -> None:
             file.write_bytes(b"rot" + file.read_bytes())
 
 
-def wandb_without_package() -> None:
+def without(package: str) -> Callable[[], object]:
+    return in_turn(text, lambda: mock.patch.dict(sys.modules, {package: None}).start())  # undone by `message`
+
+
+def without_login() -> None:
     text()
-    mock.patch.dict(sys.modules, {"wandb": None}).start()  # undone by `message`
+    login = mock.Mock(side_effect=RuntimeError("No API key configured. Use `wandb login` to log in."))
+    mock.patch.dict(sys.modules, {"wandb": mock.Mock(Error=RuntimeError, login=login)}).start()
 
 
 CONFIG = [
@@ -294,7 +299,19 @@ COMMANDS = [
     Row(
         "a tracker that is not installed",
         f"{TINY} --wandb project",
-        ("wandb is 'project'", "needs the package wandb", "ulysses-jax[tracking]", "leave it out"),
-        wandb_without_package,
+        ("wandb is 'project'", "needs the package wandb", "pip install wandb,", "leave it out"),
+        without("wandb"),
+    ),
+    Row(
+        "another tracker that is not installed",
+        f"{TINY} --tensorboard True",
+        ("tensorboard is True", "needs the package tensorboardx", "pip install tensorboardx,", "leave it out"),
+        without("tensorboardX"),
+    ),
+    Row(
+        "a tracker without a login",
+        f"{TINY} --wandb project",
+        ("wandb is 'project'", "cannot be used (No API key", "WANDB_MODE=offline", "leave it out"),
+        without_login,
     ),
 ]
