@@ -69,9 +69,14 @@ def broken_checkpoints() -> None:
             file.write_bytes(b"rot" + file.read_bytes())
 
 
-def wandb_without_package() -> None:
+def without(package: str) -> Callable[[], object]:
+    return in_turn(text, lambda: mock.patch.dict(sys.modules, {package: None}).start())  # undone by `message`
+
+
+def without_login() -> None:
     text()
-    mock.patch.dict(sys.modules, {"wandb": None}).start()  # undone by `message`
+    login = mock.Mock(side_effect=RuntimeError("No API key configured. Use `wandb login` to log in."))
+    mock.patch.dict(sys.modules, {"wandb": mock.Mock(Error=RuntimeError, login=login)}).start()
 
 
 CONFIG = [
@@ -222,9 +227,20 @@ COMMANDS = [
     Row("verify with cuDNN without a GPU", "verify demo --implementation cudnn", ("'cudnn'", "'cpu'", "use 'xla'")),
     Row("a vocabulary smaller than bytes", f"{TINY} --model.vocab-size 100", ("is 100", "at least 258"), setup=text),
     Row("data that is not there", TINY, ("data.source 'corpus' does not exist", "'stdlib'")),
+    Row(
+        "data of a user that is not there",
+        f"{TINY} --data.source=~no-such-user/text",
+        ("data.source '~no-such-user/text' does not exist", "'stdlib'"),
+    ),
     Row("a single text file", f"{TINY} --data.source a.txt", ("is a single file", "folder"), lambda: write("a.txt", "a")),
     Row("an empty folder", TINY, ("'corpus' has no file", "data.pattern = '**/*'"), lambda: Path("corpus").mkdir()),
     Row("no file of that name", f"{TINY} --data.pattern *.md", ("no file", "data.pattern = '*.md'"), text),
+    Row(
+        "a folder of tokens and text",
+        TINY,
+        ("'corpus' holds tokens (t.npy) and text (a.txt)", "only one of the two", "data.pattern, such as '**/*.npy'"),
+        in_turn(text, array("corpus/t.npy", np.zeros(500, np.uint16))),
+    ),
     Row("too little text", f"{TINY} --data.seq-len 65536", ("6002 tokens", "data.seq_len = 65536", "shorter"), text),
     Row(
         ".npy of floats",
@@ -249,8 +265,14 @@ COMMANDS = [
     Row(
         "token ids beyond the vocabulary",
         f"{TINY} --data.source t.npy",
-        ("token id 5000", "model.vocab_size is 320", "at least 5001"),
+        ("token id 5000", "model.vocab_size is 320", "cover every id", "tokenizer's size"),
         array("t.npy", np.full(500, 5000, np.uint16)),
+    ),
+    Row(
+        "token ids beyond int32",
+        f"{TINY} --data.source t.npy",
+        ("t.npy holds token id 4294967295", "below 2**31", "Write"),
+        array("t.npy", np.full(500, -1).astype(np.uint32)),
     ),
     Row(
         ".bin of odd size",
@@ -277,7 +299,19 @@ COMMANDS = [
     Row(
         "a tracker that is not installed",
         f"{TINY} --wandb project",
-        ("wandb is 'project'", "needs the package wandb", "ulysses-jax[tracking]", "leave it out"),
-        wandb_without_package,
+        ("wandb is 'project'", "needs the package wandb", "pip install wandb,", "leave it out"),
+        without("wandb"),
+    ),
+    Row(
+        "another tracker that is not installed",
+        f"{TINY} --tensorboard True",
+        ("tensorboard is True", "needs the package tensorboardx", "pip install tensorboardx,", "leave it out"),
+        without("tensorboardX"),
+    ),
+    Row(
+        "a tracker without a login",
+        f"{TINY} --wandb project",
+        ("wandb is 'project'", "cannot be used (No API key", "WANDB_MODE=offline", "leave it out"),
+        without_login,
     ),
 ]

@@ -15,7 +15,7 @@ from ulysses_jax.mesh import make_mesh
 VOCAB = 1000
 
 
-def write(path: Path, tokens, dtype=np.uint16) -> None:
+def write(path: Path, tokens, dtype: type[np.integer] = np.uint16) -> None:
     tokens = np.asarray(tokens, dtype)
     np.save(path, tokens) if path.suffix == ".npy" else tokens.tofile(path)
 
@@ -160,9 +160,26 @@ def test_masked_tokens_follow_the_objective_and_the_step(tmp_path):
 
 
 def test_a_token_beyond_the_vocabulary_is_refused(tmp_path):
+    """Without a size to set: the largest id of one batch is not that of the data, and the next batch would refuse it."""
     p = dataclasses.replace(packing(tmp_path, 20, 20), vocab_size=30)
-    with pytest.raises(ValueError, match=r"the data holds token id \d+, but model.vocab_size is 30; it must be at least"):
+    message = r"the data holds token id \d+, but model.vocab_size is 30; it must cover every id [^\d]*$"
+    with pytest.raises(ValueError, match=message):
         [p.batch(step) for step in range(2)]
+
+
+@pytest.mark.parametrize(("file", "options"), [("a.npy", {}), ("a.bin", {"token_dtype": "uint32"})])
+def test_a_token_beyond_int32_is_refused_by_its_value(file, options, tmp_path):
+    """As int32 it is negative, so that no vocabulary is too small for it; broken by a check after the conversion."""
+    tokens = np.arange(1, 101)
+    tokens[3] = 2**31 - 1
+    write(tmp_path / file, tokens, np.uint32)
+    (train,) = open_corpus(source(tmp_path / file, **options)).train
+    assert train.read(0, 8).max() == 2**31 - 1
+    tokens[3] = 3_000_000_000
+    write(tmp_path / file, tokens, np.uint32)
+    message = rf"{file} holds token id 3000000000; it must be below 2\*\*31.*data.token_dtype"
+    with pytest.raises(ValueError, match=message):
+        Packing((train,), source(tmp_path, batch_size=12), VOCAB).batch(0)
 
 
 def texts(folder: Path, count: int = 20) -> Path:
@@ -223,6 +240,32 @@ def test_hidden_and_empty_files_and_other_patterns_are_left_out(tmp_path):
     assert "notes.md" in names(open_corpus(source(tmp_path)).train + open_corpus(source(tmp_path)).held_out)
 
 
+@pytest.mark.parametrize("stray", [".cache/index.npy", ".git/objects/pack.bin", "part0/.index.bin"])
+def test_a_hidden_array_leaves_a_folder_its_text(stray, tmp_path):
+    """Broken by searching for arrays in hidden folders."""
+    before = open_corpus(source(texts(tmp_path)))
+    (tmp_path / stray).parent.mkdir(parents=True, exist_ok=True)
+    write(tmp_path / stray, range(100))
+    assert open_corpus(source(tmp_path)) == before
+
+
+def test_a_pattern_chooses_among_arrays_and_text(tmp_path):
+    """Broken by searching for arrays without the pattern."""
+    before = open_corpus(source(texts(tmp_path)))
+    for name in ("a.npy", "part0/b.npy", "c.bin"):
+        write(tmp_path / name, range(100))
+    assert open_corpus(source(tmp_path, pattern="**/*.txt")) == before
+    corpus = open_corpus(source(tmp_path, pattern="**/*.npy"))
+    assert (names(corpus.train + corpus.held_out), corpus.is_bytes) == ({"a.npy", "b.npy"}, False)
+
+
+def test_an_empty_file_beside_arrays_is_no_text(tmp_path):
+    write(tmp_path / "a.npy", range(100))
+    (tmp_path / "_SUCCESS").touch()
+    corpus = open_corpus(source(tmp_path))
+    assert names(corpus.train + corpus.held_out) == {"a.npy"}
+
+
 @pytest.mark.parametrize(
     ("file", "dtype", "options"),
     [
@@ -263,6 +306,18 @@ def test_a_single_text_gives_its_end(tmp_path):
     np.testing.assert_array_equal(held_out.read(0, 10), [*b"123456789", END])
 
 
+def test_a_tilde_is_the_home_folder_and_stays_in_the_config(tmp_path, monkeypatch):
+    """A shell leaves it in `--data.source=~/x`; broken by opening the source as given."""
+    (tmp_path / "x").mkdir()
+    texts(tmp_path / "x")
+    write(tmp_path / "tokens.npy", range(100))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = DataConfig(source="~/x", seq_len=8)
+    assert open_corpus(config) == open_corpus(source(tmp_path / "x"))
+    assert config.source == "~/x"
+    assert open_corpus(DataConfig(source="~/tokens.npy", seq_len=8)).vocab_size is None
+
+
 def test_the_standard_library_is_there():
     corpus = open_corpus(DataConfig())
     assert sum(d.length for d in corpus.train) > 1_000_000
@@ -286,6 +341,8 @@ def spoil(folder: Path, kind: str) -> Path:
             np.save(folder / "a.npy", np.array([{}] * 100), allow_pickle=True)
         case "odd bytes":
             (folder / "a.bin").write_bytes(b"123")
+        case "two kinds":
+            write(texts(folder) / "part1" / "a.npy", range(100))
         case "too short":
             (folder / "a.txt").write_text("123456")
     return folder
@@ -302,6 +359,7 @@ def spoil(folder: Path, kind: str) -> Path:
         ("not npy", r"cannot be read as .npy"),
         ("pickle", r"cannot be read as .npy"),
         ("odd bytes", r"has 3 bytes, not a multiple of 2 \(uint16\); set data.token_dtype"),
+        ("two kinds", r"tokens \(part1/a.npy\) and text \(part0/0.txt\).*'\*\*/\*.npy' or '\*\*/\*.txt'"),
         ("too short", "fewer than one sequence of data.seq_len = 8"),
     ],
 )

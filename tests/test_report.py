@@ -4,6 +4,10 @@ import dataclasses
 import io
 import json
 import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
 
 import pytest
 from rich.console import Console
@@ -42,6 +46,85 @@ def test_a_process_that_may_not_write_leaves_no_folder(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("written", ["config.tmp", "config.json"])
+def test_a_process_that_looks_while_the_writer_claims_the_folder_is_not_refused(tmp_path, monkeypatch, written):
+    """Of several processes one writes, and another sees its config.json too late to read it, or still as config.tmp.
+
+    Broken by looking for config.json only before the listing, or by counting config.tmp as another's file.
+    """
+    out, listing = tmp_path / "run", Path.iterdir
+    out.mkdir()
+
+    def late(folder: Path):
+        monkeypatch.undo()
+        claim(out, CONFIG, "corpus")
+        (out / "config.json").rename(out / written)
+        return listing(folder)
+
+    monkeypatch.setattr(Path, "iterdir", late)
+    claim(out, CONFIG, "corpus", write=False)
+    claim(out, CONFIG, "corpus")
+    with pytest.raises(ValueError, match="another run"):
+        claim(out, changed(seed=1), "corpus", write=False)
+
+
+def without(package: str) -> Callable[[pytest.MonkeyPatch], None]:
+    return lambda patch: patch.setitem(sys.modules, package, None)
+
+
+def wandb_refuses(call: str, words: str) -> Callable[[pytest.MonkeyPatch], None]:
+    calls = {name: mock.Mock(side_effect=RuntimeError(words) if name == call else None) for name in ("login", "init")}
+    return lambda patch: patch.setitem(sys.modules, "wandb", mock.Mock(Error=RuntimeError, **calls))
+
+
+TRACKERS = pytest.mark.parametrize(
+    ("config", "lacks", "says"),
+    [
+        (changed(tensorboard=True), without("tensorboardX"), "needs the package tensorboardx: pip install tensorboardx, or"),
+        (
+            changed(wandb="project"),
+            without("wandb"),
+            "wandb is 'project', which needs the package wandb: pip install wandb, or",
+        ),
+        (changed(wandb="project"), wandb_refuses("login", "No key.\nLog in."), r"cannot be used \(No key. Log in\). Run wandb"),
+    ],
+    ids=["no tensorboardX", "no wandb", "no login"],
+)
+
+
+@TRACKERS
+def test_a_tracker_that_cannot_be_used_is_refused_before_there_is_a_folder(tmp_path, monkeypatch, config, lacks, says):
+    """Broken by asking for trackers only where they are opened."""
+    lacks(monkeypatch)
+    with pytest.raises(ValueError, match=says):
+        claim(tmp_path / "run", config, "corpus")
+    assert list(tmp_path.iterdir()) == []
+    claim(tmp_path / "run", config, "corpus", write=False)  # only the process that writes tracks
+
+
+@TRACKERS
+def test_a_run_that_goes_on_is_refused_a_tracker_where_it_is_opened(tmp_path, monkeypatch, config, lacks, says):
+    """Its folder is there already, and where it is complete it needs no tracker."""
+    lacks(monkeypatch)
+    claim(tmp_path / "run", CONFIG, "corpus")
+    claim(tmp_path / "run", config, "corpus")
+    with (
+        pytest.raises(ValueError, match=says),
+        reporting(config, tmp_path / "run", Console(quiet=True), first_step=0, speaks=True),
+    ):
+        pass
+
+
+def test_a_project_that_the_server_refuses_is_told_in_a_line(tmp_path, monkeypatch):
+    """That is known once the run is opened; broken by letting the package's own error through."""
+    wandb_refuses("init", "permission denied")(monkeypatch)
+    with (
+        pytest.raises(ValueError, match=r"wandb is 'project', but Weights & Biases cannot be used \(permission denied\)"),
+        reporting(changed(wandb="project"), tmp_path, Console(quiet=True), first_step=0, speaks=True),
+    ):
+        pass
+
+
 @pytest.mark.parametrize(
     "now",
     [
@@ -50,8 +133,9 @@ def test_a_process_that_may_not_write_leaves_no_folder(tmp_path):
         changed(accumulation=2),
         changed(checkpoint=CheckpointConfig(every=7)),
         changed(memory=MemoryConfig(save="all")),
+        changed(mesh=MeshConfig(data=2), model=dataclasses.replace(CONFIG.model, head_chunks=2)),
     ],
-    ids=["mesh", "ZeRO stage", "accumulation", "checkpoint", "memory"],
+    ids=["mesh", "ZeRO stage", "accumulation", "checkpoint", "memory", "head chunks"],
 )
 def test_a_run_may_go_on_elsewhere(tmp_path, now):
     """Broken by comparing the configs whole."""

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import os
 import sysconfig
 import zipfile
 from collections.abc import Iterator
@@ -29,6 +30,9 @@ __all__ = ["END", "Batch", "Corpus", "Packing", "byte_entropy", "open_corpus", "
 END = 256
 """The token after the last byte of a document read as bytes."""
 
+ARRAYS = (".npy", ".bin")
+"""Suffixes of files of tokens; every other file is text."""
+
 type Batch = dict[str, np.ndarray]
 
 
@@ -44,10 +48,20 @@ class Document:
     ends: bool = False  # END follows the file's tokens
 
     def read(self, first: int, last: int) -> np.ndarray:
-        """Tokens first … last−1 of this document, int32."""
+        """Tokens first … last−1 of this document, int32.
+
+        Raises:
+          ValueError: a uint32 token that int32 cannot hold: it would be negative, and pass for one of the vocabulary.
+        """
         stored = min(last, self.length - self.ends)
         offset = self.offset + (self.start + first) * self.dtype.itemsize
-        tokens = np.fromfile(self.path, self.dtype, count=max(stored - first, 0), offset=offset).astype(np.int32)
+        tokens = np.fromfile(self.path, self.dtype, count=max(stored - first, 0), offset=offset)
+        if self.dtype == np.uint32 and (top := int(tokens.max(initial=0))) >= 2**31:
+            raise ValueError(
+                f"data file {self.path} holds token id {top}; it must be below 2**31. Write ids from 0 on; where a .bin file "
+                "is of another dtype, set data.token_dtype."
+            )
+        tokens = tokens.astype(np.int32)
         return np.append(tokens, np.int32(END)) if self.ends and last == self.length else tokens
 
 
@@ -74,7 +88,7 @@ def open_corpus(config: DataConfig) -> Corpus:
       ValueError: a source that is not there, has no usable file, or holds less than one sequence.
     """
     root, files = _files(config)
-    is_bytes = files[0].suffix not in (".npy", ".bin")
+    is_bytes = files[0].suffix not in ARRAYS
     per_file = [[_text(path)] if is_bytes else _arrays(path, config) for path in files]
     per_file = [kept for documents in per_file if (kept := [d for d in documents if d.length > 1])]
     if not per_file:
@@ -182,7 +196,8 @@ class Packing:
     def _check(self, tokens: np.ndarray) -> None:
         if (top := int(tokens.max())) >= self.vocab_size:
             raise ValueError(
-                f"the data holds token id {top}, but model.vocab_size is {self.vocab_size}; it must be at least {top + 1}."
+                f"the data holds token id {top}, but model.vocab_size is {self.vocab_size}; it must cover every id of the "
+                "tokenizer that wrote the data. Set it to that tokenizer's size."
             )
 
 
@@ -223,25 +238,33 @@ def _files(config: DataConfig) -> tuple[Path, list[Path]]:
         if not files:
             raise ValueError(f"data.source is 'stdlib', but {root} holds no .py file; name a folder of text files instead.")
         return root, files
-    path = Path(config.source).expanduser()
+    path = Path(os.path.expanduser(config.source))  # Path's own raises RuntimeError for a user that is not there
     if not path.exists():
         raise ValueError(
             f"data.source {config.source!r} does not exist; name a folder of text files, a .npy or .bin file, or 'stdlib'."
         )
     if path.is_file():
-        if path.suffix not in (".npy", ".bin"):
+        if path.suffix not in ARRAYS:
             raise ValueError(
                 f"data.source {config.source!r} is a single file; only .npy and .bin may be. Name its folder instead."
             )
         return path.parent, [path]
-    arrays = sorted(p for p in path.rglob("*") if p.suffix in (".npy", ".bin"))
     visible = (p for p in path.glob(config.pattern) if not any(x.startswith(".") for x in p.relative_to(path).parts))
-    files = arrays or sorted(p for p in visible if p.is_file() and p.stat().st_size > 0)
-    if not files:
+    files = sorted(p for p in visible if p.is_file())
+    arrays = [p for p in files if p.suffix in ARRAYS]
+    texts = [p for p in files if p.suffix not in ARRAYS and p.stat().st_size > 0]  # an empty array is cut short, and said to be
+    if arrays and texts:  # ids of a tokenizer and bytes have no vocabulary in common
+        array, text = arrays[0].relative_to(path), texts[0].relative_to(path)
+        patterns = " or ".join(f"'**/*{p.suffix}'" for p in (array, text) if p.suffix)
+        raise ValueError(
+            f"data.source {config.source!r} holds tokens ({array}) and text ({text}), but a run reads only one of the two; "
+            f"choose by data.pattern, such as {patterns}."
+        )
+    if not (arrays or texts):
         raise ValueError(
             f"data.source {config.source!r} has no file that matches data.pattern = {config.pattern!r}; name another."
         )
-    return path, files
+    return path, arrays or texts
 
 
 def _text(path: Path) -> Document:

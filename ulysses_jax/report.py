@@ -10,6 +10,7 @@ Only process 0 of a run writes or tells anything.
 """
 
 import dataclasses
+import importlib
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -45,6 +46,7 @@ MAY_CHANGE = {
     "implementation",
     "accumulation",
     "memory",
+    "model.head_chunks",  # memory too, and mesh.seq bounds it
     "checkpoint",
     "log_every",
     "eval_every",
@@ -64,18 +66,22 @@ def claim(out: Path, config: TrainConfig, corpus: str, *, write: bool = True) ->
       write: whether this process may write.
 
     Raises:
-      ValueError: a folder that holds something else, another run, or a config.json that cannot be read.
+      ValueError: a folder that holds something else, another run, or a config.json that cannot be read; a new folder for a
+        run whose tracker is not installed or has no login.
     """
-    path = out / "config.json"
+    path, unfinished = out / "config.json", out / "config.tmp"
     if not path.exists():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        occupied = out.exists() and (not out.is_dir() or any(p != unfinished for p in out.iterdir()))
+        if occupied and not path.exists():  # looked for again: meanwhile the process that writes may have claimed the folder
             raise ValueError(f"--out {out} is occupied and is no run of ulysses (it has no config.json); name another folder.")
+    if not path.exists():
         if write:
+            _check_trackers(config)  # here too, so that what is refused leaves no folder
             try:
                 out.mkdir(parents=True, exist_ok=True)
                 text = json.dumps({"config": to_dict(config), "corpus": corpus}, indent=2)
-                path.with_suffix(".tmp").write_text(text + "\n")
-                path.with_suffix(".tmp").replace(path)
+                unfinished.write_text(text + "\n")
+                unfinished.replace(path)
             except OSError as error:
                 raise ValueError(f"--out {out} cannot be written ({error.strerror}); name a folder that can.") from None
         return
@@ -170,7 +176,7 @@ def reporting(config: TrainConfig, out: Path, console: Console, *, first_step: i
     """A reporter for the steps from `first_step` on; logged steps at or after it, left by an interrupted run, are dropped.
 
     Raises:
-      ValueError: a tracker is asked for whose package is not installed.
+      ValueError: a tracker is asked for whose package is not installed, or which cannot be reached.
     """
     if not speaks:
         yield Reporter(Console(quiet=True), lambda metrics: None, lambda step: None)
@@ -252,23 +258,48 @@ def _line(metrics: Metrics) -> str:
     return "  ".join(parts)
 
 
+def _check_trackers(config: TrainConfig) -> None:
+    """Refuse a tracker whose package is not installed or has no login. Nothing is written for it."""
+    for name, module in (("tensorboard", "tensorboardX"), ("wandb", "wandb")):
+        if value := getattr(config, name):
+            try:
+                importlib.import_module(module)
+            except ModuleNotFoundError:
+                package = module.lower()
+                raise ValueError(
+                    f"{name} is {value!r}, which needs the package {package}: pip install {package}, or leave it out."
+                ) from None
+    if config.wandb:
+        import wandb  # pyright: ignore[reportMissingImports]
+
+        try:
+            wandb.login(verify=False)  # finds a key or asks for one; whether the server takes it is asked when the run opens
+        except wandb.Error as error:
+            raise _no_wandb(config, error) from None
+
+
+def _no_wandb(config: TrainConfig, error: Exception) -> ValueError:
+    said = " ".join(str(error).split()).removesuffix(".")
+    return ValueError(
+        f"wandb is {config.wandb!r}, but Weights & Biases cannot be used ({said}). Run wandb login, set WANDB_MODE=offline, "
+        "or leave it out."
+    )
+
+
 def _trackers(config: TrainConfig, out: Path) -> list[Callable[[Metrics], None]]:
-    trackers, package = [], "tensorboardx"
-    try:
-        if config.tensorboard:
-            from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
+    _check_trackers(config)
+    trackers = []
+    if config.tensorboard:
+        from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
 
-            board = SummaryWriter(str(out / "tensorboard"))
-            trackers.append(lambda m: [board.add_scalar(k, v, int(m["step"])) for k, v in m.items() if k != "step"])
-        package = "wandb"
-        if config.wandb:
-            import wandb  # pyright: ignore[reportMissingImports]
+        board = SummaryWriter(str(out / "tensorboard"))
+        trackers.append(lambda m: [board.add_scalar(k, v, int(m["step"])) for k, v in m.items() if k != "step"])
+    if config.wandb:
+        import wandb  # pyright: ignore[reportMissingImports]
 
+        try:
             run = wandb.init(project=config.wandb, name=out.name, dir=str(out), config=to_dict(config), resume="allow")
-            trackers.append(lambda m: run.log({k: v for k, v in m.items() if k != "step"}, step=int(m["step"])))
-    except ModuleNotFoundError:
-        name, value = ("tensorboard", True) if package == "tensorboardx" else ("wandb", config.wandb)
-        raise ValueError(
-            f"{name} is {value!r}, which needs the package {package}: pip install 'ulysses-jax[tracking]', or leave it out."
-        ) from None
+        except wandb.Error as error:
+            raise _no_wandb(config, error) from None
+        trackers.append(lambda m: run.log({k: v for k, v in m.items() if k != "step"}, step=int(m["step"])))
     return trackers
