@@ -353,18 +353,19 @@ def step_seconds(config: TrainConfig, gpu: Gpu) -> dict[str, float]:
     """What a step is predicted to take, in s a device: "matrices", "attention", "memory" (all that is no product), "optimizer"
     (with its host traffic), "stream" (parameters to the layers and gradients from them, not hidden: XLA starts many of these
     copies where they are needed), and beside them "wire" and "host" (activations), which travel while others compute; "step" is
-    what is longest, forward and backward.
+    what is longest, forward and backward. Heads are counted as they are dealt: one that is computed twice takes time twice.
     """
     model, memory, n, size = config.model, config.memory, config.mesh.size, _itemsize(config.model)
     sizes = {"batch_size": config.data.batch_size, "seq_len": config.data.seq_len}
     pairs = config.data.batch_size * visible_pairs(
         config.data.seq_len, is_causal=model.is_causal, window=model.local_window_size
     )
-    kernel = model.num_layers * attention_flops(pairs, model.num_heads, model.head_dim)
+    work = _as_dealt(config)
+    kernel = model.num_layers * attention_flops(pairs, work.num_heads, model.head_dim)
     group, named = memory.group(model.num_layers), config.implementation != "cudnn"
     kernels_again = sum(x.save == "inputs" or (not named and x.save != "all") for x in group) / len(group) * kernel
-    again = recomputed_flops(model, memory, **sizes, named=named) - kernels_again
-    matrices = (step_flops(model, **sizes, pairs=0) + again) / n / gpu.gemm_flops
+    again = recomputed_flops(work, memory, **sizes, named=named) - kernels_again
+    matrices = (step_flops(work, **sizes, pairs=0) + again) / n / gpu.gemm_flops
     attention = (3.5 * kernel + kernels_again) / n / gpu.attention_flops
     tokens = config.data.batch_size * config.data.seq_len / n
     passes = size * tokens * (60 * model.embed_dim + 30 * model.mlp_dim) * model.num_layers
@@ -378,10 +379,17 @@ def step_seconds(config: TrainConfig, gpu: Gpu) -> dict[str, float]:
     wire = sum(wire_bytes(config).values()) / gpu.link_bytes_per_s
     sent = saved_bytes(config)[1] * config.accumulation / gpu.host_bytes_per_s
     compute = sum(parts.values()) - update
-    forward = step_flops(model, **sizes, pairs=0) / 3 / n / gpu.gemm_flops + kernel / n / gpu.attention_flops
+    forward = step_flops(work, **sizes, pairs=0) / 3 / n / gpu.gemm_flops + kernel / n / gpu.attention_flops
     forward += parts["memory"] / 4
     step = max(max(forward, sent) + max(compute - forward, sent), wire) + update + 3 * layers
     return parts | {"stream": 3 * layers, "wire": wire, "host": 2 * sent, "step": step}
+
+
+def _as_dealt(config: TrainConfig) -> ModelConfig:
+    """The model with the heads that its devices project and attend with, copies too: ⌈N/P⌉·P queries (`deal_heads`)."""
+    model = config.model
+    dealing = deal_heads(model.num_heads, model.num_kv_heads, config.mesh.seq)
+    return dataclasses.replace(model, num_heads=len(dealing.queries), num_kv_heads=len(dealing.keys))
 
 
 def _tokens(config: TrainConfig) -> float:
