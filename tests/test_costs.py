@@ -143,3 +143,11 @@ def test_copies_of_heads_are_projected_too():
     plain = costs.step_flops(model, batch_size=1, seq_len=131072, pairs=0)
     copies = 6 * 131072 * 32 * 2 * 4096 * 128 * ((64 - 32) + (64 - 8))  # of queries and output, of keys and values
     assert costs.step_seconds(config, gpu)["matrices"] == pytest.approx((plain + copies) / 64 / gpu.gemm_flops)
+
+
+def test_copies_of_heads_are_saved_too():
+    """What attention saves lies as it was exchanged, 64 heads on 64 devices. Counting the model's 32 breaks it."""
+    sizes = {"model": recipes.llama3_8b(), "mesh": MeshConfig(seq=64), "data": DataConfig(seq_len=131072, batch_size=1)}
+    per_token = 2 * 4096 + 2 * 64 * 128 + 4 * 64  # a layer's input, attention's output and its log of sums
+    config = TrainConfig(**sizes, memory=MemoryConfig(save="attention"))
+    assert costs.device_bytes(config)["activations"] == 32 * 131072 / 64 * per_token

@@ -248,11 +248,10 @@ GPUS = {
 
 def saved_bytes(config: TrainConfig) -> tuple[float, float]:
     """Bytes a device saves for the backward of all layers: (on the device, on the host)."""
-    model, tokens, size = config.model, _tokens(config), _itemsize(config.model)
+    model, tokens, size = _as_dealt(config), _tokens(config), _itemsize(config.model)
     D, N, K, H, F = model.embed_dim, model.num_heads, model.num_kv_heads, model.head_dim, model.mlp_dim
-    kv = max(K, config.mesh.seq)
     inputs, attention = size * D, size * N * H + 4 * N
-    projections, products = size * (N + 2 * kv) * H, size * (N * H + D + 2 * F)
+    projections, products = size * (N + 2 * K) * H, size * (N * H + D + 2 * F)
     by_save = {"inputs": inputs, "attention": inputs + attention, "projections": inputs + attention + projections}
     by_save["products"] = by_save["projections"] + products
     by_save["all"] = by_save["products"] + size * (2 * F + 6 * D) + 4 * 2 * D  # norms in float32, and the gated products
@@ -272,10 +271,10 @@ def device_bytes(config: TrainConfig) -> dict[str, float]:
     """
     model, memory, n, size = config.model, config.memory, config.mesh.size, _itemsize(config.model)
     tokens, counts = _tokens(config), parameter_counts(config.model)
-    D, N, K, H, F, V = model.embed_dim, model.num_heads, model.num_kv_heads, model.head_dim, model.mlp_dim, model.vocab_size
+    D, H, F, V, work = model.embed_dim, model.head_dim, model.mlp_dim, model.vocab_size, _as_dealt(config)
     total, layer = sum(counts.values()), (counts["attention"] + counts["mlp"]) / model.num_layers
     tile = min(memory.mlp_tile or tokens, tokens)
-    attention = tokens * (8 * N + 6.4 * max(K, config.mesh.seq)) * H
+    attention = tokens * (8 * work.num_heads + 6.4 * work.num_kv_heads) * H
     in_flight = size * max(attention, tokens * 4 * D + tile * 5.3 * F)
     loss = min(memory.loss_tile, tokens) * V * 10 + V * D * (8 + size) + 2 * tokens * D * size
     away = _streamed(config)
