@@ -16,7 +16,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import jax
 import tyro
@@ -171,10 +171,7 @@ def _parse(name: str, arguments: Sequence[str], verb: str = "train") -> TrainCom
     if unknown:
         own = ["--out", "--dry-run"] if verb == "train" else []
         known = [*own, *(f"--{field}" for field in _names(to_dict(command.config)))]
-        wanted = unknown[0].split("=")[0].replace("_", "-")
-        close = [x for x in known if x.endswith("." + wanted[2:])] or difflib.get_close_matches(wanted, known, n=2)
-        hint = f" Did you mean {' or '.join(close)}?" if close else ""
-        hint = hint if unknown[0].startswith("-") else " Fields are given as --field value."
+        hint = _close(_spelt(unknown[0]), known) if unknown[0].startswith("-") else " Fields are given as --field value."
         raise ValueError(f"{prog} has no argument {unknown[0]!r}.{hint} See {prog} --help.")
     return command if isinstance(command, TrainCommand) else dataclasses.replace(whole, config=command.config)
 
@@ -259,18 +256,18 @@ def plan(arguments: Sequence[str], console: Console) -> int:
 
     command = _plan_command(arguments)
     gpu, recipe = costs.GPUS[command.gpu], recipes.RECIPES.get(command.model)
-    model = recipe().model if recipe else recipes.MODELS[command.model]()
-    length = command.length or (recipe().data.seq_len if recipe else 131072)
-    limit = command.host_gib * 2**30
+    model, limit = recipe().model if recipe else recipes.MODELS[command.model](), command.host_gib * 2**30
     if command.longest:
+        length = 4096 * command.devices
         found = longest_plan(model, gpu, command.devices, host_limit=limit)
     else:
+        length = _length(command, recipe().data.seq_len if recipe else 131072)
         found = make_plan(model, gpu, command.devices, length, host_limit=limit)
     if found is None:
-        tokens = f"{4096 * command.devices if command.longest else length:,}"
+        way_out = "more devices or a smaller model" if command.longest else "more devices, a shorter --length, or --longest"
         raise ValueError(
-            f"{command.model} at {tokens} tokens does not fit {command.devices} × {gpu.name} with {command.host_gib:g} GiB of "
-            "host memory each, whatever is recomputed or sent to the host. Use more devices, or a shorter --length."
+            f"{command.model} at {length:,} tokens does not fit {command.devices} × {gpu.name} with {command.host_gib:g} GiB "
+            f"of host memory each, whatever is recomputed or sent to the host. Use {way_out}."
         )
     compiled = certify(found) if command.compile else None
     if command.json:
@@ -309,11 +306,12 @@ def show_plan(found: "Plan", compiled: dict[str, float] | None, model: str, cons
     memory = {k: v for k, v in to_dict(config.memory).items() if v != to_dict(MemoryConfig())[k]}
     title = f"{model} at {config.data.seq_len:,} tokens on {config.mesh.size} × {found.gpu.name}"
     flags = " ".join(f"--memory.{name.replace('_', '-')} {value}" for name, value in memory.items())
-    show(
-        console,
-        title,
-        {"policy": flags or "the default: attention's outputs are saved", "attention": str(config.implementation)},
-    )
+    about = {"mesh": f"{_axes(config.mesh)} = {config.mesh.size} devices, ZeRO-{config.zero_stage}"}
+    about |= {"policy": flags or "the default: attention's outputs are saved", "attention": str(config.implementation)}
+    if (idle := config.mesh.seq - config.model.num_heads) > 0:
+        heads = config.model.num_heads
+        about["idle in attention"] = f"{idle} of {config.mesh.seq} devices along seq, for there are {heads} heads"
+    show(console, title, about)
     rows = {k: _bytes(v) for k, v in found.device.items() if v} | {"all": _bytes(sum(found.device.values()))}
     rows["of"] = _bytes(found.gpu.memory_bytes)
     if compiled:
@@ -338,18 +336,34 @@ def show_plan(found: "Plan", compiled: dict[str, float] | None, model: str, cons
 
 def _command[T](kind: type[T], name: str, arguments: Sequence[str]) -> T:
     """What the arguments of a command without a recipe say."""
-    box = io.StringIO()
+    prog, box = f"ulysses {name}", io.StringIO()
+    known = ["--help", *(f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(cast(Any, kind)))]
+    for argument in arguments:  # before tyro, which would rather miss what a mistyped option was to give
+        if argument.startswith("--") and _spelt(argument) not in known:
+            raise ValueError(f"{prog} has no argument {argument!r}.{_close(_spelt(argument), known)} See {prog} --help.")
     try:
         with contextlib.redirect_stderr(box):
-            return tyro.cli(kind, args=list(arguments), prog=f"ulysses {name}", config=(tyro.conf.FlagCreatePairsOff,))
+            return tyro.cli(kind, args=list(arguments), prog=prog, config=(tyro.conf.FlagCreatePairsOff,))
     except SystemExit as stop:
         if stop.code in (0, None):  # --help
             raise
-        raise ValueError(f"{_inside(box.getvalue())} See ulysses {name} --help.") from None
+        raise ValueError(f"{_inside(box.getvalue())} See {prog} --help.") from None
+
+
+def _spelt(argument: str) -> str:
+    """An option's name, without the value that may be tied to it."""
+    return argument.split("=")[0].replace("_", "-")
+
+
+def _close(wanted: str, known: Sequence[str]) -> str:
+    """The known options that a mistyped one may have meant, as a sentence."""
+    close = [x for x in known if x.endswith("." + wanted[2:])] or difflib.get_close_matches(wanted, known, n=2)
+    return f" Did you mean {' or '.join(close)}?" if close else ""
 
 
 def _plan_command(arguments: Sequence[str]) -> PlanCommand:
     command = _command(PlanCommand, "plan", arguments)
+    command = dataclasses.replace(command, gpu=command.gpu.lower())
     known = [*recipes.MODELS, *recipes.RECIPES]
     if command.model not in known:
         raise ValueError(f"--model is {command.model!r}; it must be one of {', '.join(known)}.")
@@ -357,12 +371,24 @@ def _plan_command(arguments: Sequence[str]) -> PlanCommand:
         raise ValueError(f"--gpu is {command.gpu!r}; it must be one of {', '.join(costs.GPUS)}.")
     if command.devices < 1:
         raise ValueError(f"--devices is {command.devices}; it must be at least 1.")
-    if command.length is not None and (command.longest or command.length % command.devices or command.length < 2):
-        raise ValueError(
-            f"--length is {command.length}; it must be a multiple of --devices = {command.devices}, at least 2, and stands "
-            "without --longest."
-        )
+    if not command.host_gib >= 0:
+        raise ValueError(f"--host-gib is {command.host_gib:g}; it must be at least 0, where nothing is sent to the host.")
+    if command.length is not None and command.longest:
+        raise ValueError(f"--length is {command.length}, but --longest searches for a length itself; leave out one of the two.")
+    if command.length is not None and command.length < 2:
+        raise ValueError(f"--length is {command.length}; it must be at least 2.")
     return command
+
+
+def _length(command: PlanCommand, default: int) -> int:
+    """Tokens of a planned sequence, which the devices share evenly."""
+    length, devices = command.length or default, command.devices
+    if length % devices:
+        raise ValueError(
+            f"--length is {length}{'' if command.length else ' by default'}; it must be a multiple of --devices = {devices}. "
+            f"The nearest above is {-(-length // devices) * devices}."
+        )
+    return length
 
 
 def dry_run(config: TrainConfig, console: Console) -> None:
