@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ulysses_jax import cli, recipes
+from ulysses_jax import cli, costs, recipes
 from ulysses_jax.config import RopeScaling, from_dict, to_dict
 
 SMALL = [
@@ -73,9 +73,23 @@ def test_a_dry_run_of_llama_at_128k_gives_the_numbers_of_the_closed_forms(capsys
         "320 MiB a device, forward",
         "parameters 3.739 GiB",  # 4 B · 8,030,261,248 / 8
         "optimizer 7.479 GiB",
-        "layer inputs 4 GiB",  # 2 B · 32 layers · 16,384 · 4,096
+        "activations 8.062 GiB",  # of 32 layers · 16,384: 2 B · 4,096 of input, 2 B · 32 · 128 and 4 B · 32 of attention
     ):
         assert part in told
+
+
+@pytest.mark.parametrize("policy", [[], ["--memory.save", "products"], ["--memory.offload-layers", "1"]])
+def test_a_dry_run_tells_what_its_own_policy_takes(capsys, monkeypatch, policy):
+    """By the plan's closed form, working set and host included. Adding up state and layer inputs alone breaks it."""
+    monkeypatch.setenv("COLUMNS", "120")
+    assert cli.main(["train", "llama-7b-64k", "--dry-run", *policy]) == 0
+    told = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    config = parsed("llama-7b-64k", *policy).config
+    here = costs.device_bytes(config)
+    assert f"working {cli._bytes(here['working'])} " in told
+    assert f"all {cli._bytes(sum(here.values()))} " in told
+    on_host = "bytes of the host, for each device ┌" in told
+    assert on_host == bool(sum(costs.host_bytes(config).values())) == ("--memory.offload-layers" in policy)
 
 
 @pytest.mark.parametrize(

@@ -312,7 +312,7 @@ def show_plan(found: "Plan", compiled: dict[str, float] | None, model: str, cons
         heads = config.model.num_heads
         about["idle in attention"] = f"{idle} of {config.mesh.seq} devices along seq, for there are {heads} heads"
     show(console, title, about)
-    rows = {k: _bytes(v) for k, v in found.device.items() if v} | {"all": _bytes(sum(found.device.values()))}
+    rows = _parts(found.device)
     rows["of"] = _bytes(found.gpu.memory_bytes)
     if compiled:
         rows["all, compiled"] = f"{_bytes(compiled['device_bytes'])} ({compiled['compile_seconds']:.0f} s)"
@@ -392,13 +392,12 @@ def _length(command: PlanCommand, default: int) -> int:
 
 
 def dry_run(config: TrainConfig, console: Console) -> None:
-    """Shapes, parameters and the state's bytes a device; needs no device."""
+    """Shapes, parameters, and bytes a device as the recipe's memory policy has them; needs no device."""
     counts = costs.parameter_counts(config.model)
     total, n = sum(counts.values()), config.mesh.size
     show(console, "parameters", {**{part: f"{count:,}" for part, count in counts.items()}, "all": f"{total:,}"})
     model, mesh, T, B = config.model, config.mesh, config.data.seq_len, config.data.batch_size
     local, itemsize = B // mesh.data // config.accumulation, 2 if model.dtype == "bfloat16" else 4
-
     mine, dealing = T // (mesh.ring * mesh.seq), deal_heads(model.num_heads, model.num_kv_heads, mesh.seq)
 
     def exchanged(heads: int, dealt: int) -> str:
@@ -417,11 +416,14 @@ def dry_run(config: TrainConfig, console: Console) -> None:
             "model FLOPs a step": f"{costs.step_flops(model, batch_size=B, seq_len=T):.3e}",
         },
     )
-    stage = config.zero_stage
-    parts = {"parameters": 4 * total / (n if stage >= 3 else 1), "gradients": 4 * total / (n if stage >= 2 else 1)}
-    parts["optimizer"] = 8 * total / (n if stage >= 1 else 1)
-    parts["layer inputs"] = itemsize * model.num_layers * local * mine * model.embed_dim
-    show(console, "bytes a device", {**{k: _bytes(v) for k, v in parts.items()}, "all": _bytes(sum(parts.values()))})
+    show(console, "bytes a device", _parts(costs.device_bytes(config)))
+    if any((host := costs.host_bytes(config)).values()):
+        show(console, "bytes of the host, for each device", _parts(host))
+
+
+def _parts(found: dict[str, float]) -> dict[str, str]:
+    """Bytes by part, and of all together."""
+    return {k: _bytes(v) for k, v in found.items() if v} | {"all": _bytes(sum(found.values()))}
 
 
 def _axes(mesh: MeshConfig) -> str:
