@@ -15,6 +15,7 @@ from ulysses_jax import (
     TrainConfig,
     cli,
     make_mesh,
+    runtime,
 )
 from ulysses_jax.checkpoint import Checkpoints
 from ulysses_jax.config import CheckpointConfig, DataConfig, MeshConfig, OptimizerConfig, RopeScaling
@@ -72,6 +73,11 @@ def broken_checkpoints() -> None:
 def wandb_without_package() -> None:
     text()
     mock.patch.dict(sys.modules, {"wandb": None}).start()  # undone by `message`
+
+
+def sixteen_gib() -> None:
+    mock.patch.object(runtime, "host_memory", return_value=16 * 2**30).start()  # undone by `message`
+    mock.patch("ulysses_jax.train.run").start()  # which would fill this host's memory, were it not refused
 
 
 CONFIG = [
@@ -234,6 +240,12 @@ COMMANDS = [
         f"{TINY} --mesh.ring 4",
         ("data × ring × seq = 2 × 4 × 4 needs 32", "there are 8", "smaller mesh"),
         setup=text,
+    ),
+    Row(
+        "a run for GPUs where there are none",
+        "train gpt-7b-64k",
+        ("gpt-7b-64k needs 102.", "no GPU was found", "has 16.0 GiB", "cuda13", "ulysses verify gpt-7b-64k", "--dry-run"),
+        setup=sixteen_gib,
     ),
     Row("verify without a recipe", "verify --mesh.seq 2", ("verify needs a recipe first", "demo, demo-bidirectional")),
     Row("verify of an unknown recipe", "verify dmeo", ("no recipe 'dmeo'", "demo, demo-bidirectional")),

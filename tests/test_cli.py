@@ -46,6 +46,23 @@ def test_usage_is_an_answer_to_help_and_a_refusal_of_nothing(capsys, arguments, 
     assert (told.err if status == 0 else told.out) == ""
 
 
+@pytest.mark.parametrize("memory", [[], ["--memory.offload-optimizer", "True", "--memory.offload-params", "True"]])
+def test_a_state_too_large_for_the_cpus_of_this_host_is_refused_before_anything_is_written(
+    capsys, monkeypatch, tmp_path, memory
+):
+    """16 B a parameter, on the host or not. Broken by asking after the run has begun, or by counting devices' bytes alone."""
+    monkeypatch.chdir(tmp_path)
+    needed = 16 * sum(costs.parameter_counts(recipes.gpt_7b()).values())
+    monkeypatch.setattr(cli.runtime, "host_memory", lambda: needed - 1000)
+    monkeypatch.setattr("ulysses_jax.train.run", lambda *_, **__: pytest.fail("the run has begun"))
+    assert cli.main(["train", "gpt-7b-64k", *memory]) == 2
+    told = capsys.readouterr()
+    assert "no GPU was found" in told.err
+    assert told.out == ""
+    assert list(tmp_path.iterdir()) == []
+    assert cli.state_bytes(parsed("gpt-7b-64k", *memory).config) * 8 == pytest.approx(needed)
+
+
 def test_help_shows_every_field_with_its_value_in_the_recipe(capsys):
     """Broken by giving tyro no default: the values are then missing."""
     with pytest.raises(SystemExit) as stopped:

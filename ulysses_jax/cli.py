@@ -127,6 +127,7 @@ def train(name: str, arguments: Sequence[str], console: Console) -> int:
         dry_run(command.config, console)
         return 0
     runtime.initialize(command.config.mesh.size)
+    runtime.check_memory(name, state_bytes(command.config), command.config.mesh.size)
     if jax.process_index() == 0:
         announce(name, command, console)
     from ulysses_jax.train import run
@@ -135,6 +136,12 @@ def train(name: str, arguments: Sequence[str], console: Console) -> int:
         if run(command.config, command.out, console, stop=stop) is not None:
             return 0
     return 130 if stop.signal == signal.SIGINT else 0
+
+
+def state_bytes(config: TrainConfig) -> float:
+    """Parameters, gradients and optimizer of one device, those that wait on the host too."""
+    held = (costs.device_bytes(config), costs.host_bytes(config))
+    return sum(parts[part] for parts in held for part in ("parameters", "gradients", "optimizer"))
 
 
 def announce(name: str, command: TrainCommand, console: Console) -> None:
