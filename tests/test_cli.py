@@ -1,6 +1,7 @@
 """The command line: recipes, dry runs, overrides, a short run, and stopping by signals."""
 
 import dataclasses
+import importlib.metadata
 import json
 import os
 import signal
@@ -44,6 +45,19 @@ def test_usage_is_an_answer_to_help_and_a_refusal_of_nothing(capsys, arguments, 
     told = capsys.readouterr()
     assert (told.out if status == 0 else told.err).startswith("usage: ulysses train RECIPE")
     assert (told.err if status == 0 else told.out) == ""
+
+
+def test_the_version_is_that_of_the_installed_package(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"{importlib.metadata.version('ulysses-jax')}\n"
+    assert "ulysses --version" in cli.USAGE
+
+
+@pytest.mark.parametrize("arguments", [["--out", "~/run"], ["--out=~/run"]])
+def test_a_runs_folder_may_be_in_the_home(monkeypatch, arguments):
+    """A shell leaves the second as it is; broken by making a folder named ~."""
+    monkeypatch.setenv("HOME", "/somebody")
+    assert parsed("demo", *arguments).out == Path("/somebody/run")
 
 
 @pytest.mark.parametrize("memory", [[], ["--memory.offload-optimizer", "True", "--memory.offload-params", "True"]])

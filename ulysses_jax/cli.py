@@ -7,6 +7,7 @@ ulysses train --list
 import contextlib
 import dataclasses
 import difflib
+import importlib.metadata
 import io
 import json
 import logging
@@ -37,7 +38,8 @@ USAGE = """usage: ulysses train RECIPE [--out DIR] [--dry-run] [--field value â€
        ulysses train --list            the recipes
        ulysses verify RECIPE [--field value â€¦]     is the parallel step what one device computes?
        ulysses export RUN FOLDER [--dtype bfloat16]     a run's weights, as a Hugging Face folder
-       ulysses plan --model NAME --gpu h100 --devices 8 [--length T | --longest]     what will it need and take?"""
+       ulysses plan --model NAME --gpu h100 --devices 8 [--length T | --longest]     what will it need and take?
+       ulysses --version"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,6 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             case [] | ["-h" | "--help"] | ["train"] | ["train", "-h" | "--help"]:
                 print(USAGE, file=sys.stdout if arguments[-1:] in (["-h"], ["--help"]) else sys.stderr)
                 return 0 if arguments[-1:] in (["-h"], ["--help"]) else 2
+            case ["--version"]:
+                print(importlib.metadata.version("ulysses-jax"))
             case ["train", "--list", *_]:
                 list_recipes(console)
             case ["train", name, *rest]:
@@ -180,7 +184,9 @@ def _parse(name: str, arguments: Sequence[str], verb: str = "train") -> TrainCom
         known = [*own, *(f"--{field}" for field in _names(to_dict(command.config)))]
         hint = _close(_spelt(unknown[0]), known) if unknown[0].startswith("-") else " Fields are given as --field value."
         raise ValueError(f"{prog} has no argument {unknown[0]!r}.{hint} See {prog} --help.")
-    return command if isinstance(command, TrainCommand) else dataclasses.replace(whole, config=command.config)
+    if isinstance(command, TrainCommand):
+        return dataclasses.replace(command, out=command.out.expanduser())  # a shell leaves the ~ of --out=~/run as it is
+    return dataclasses.replace(whole, config=command.config)
 
 
 def _names(fields: dict, prefix: str = "") -> list[str]:
