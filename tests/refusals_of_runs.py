@@ -15,6 +15,7 @@ from ulysses_jax import (
     TrainConfig,
     cli,
     make_mesh,
+    runtime,
 )
 from ulysses_jax.checkpoint import Checkpoints
 from ulysses_jax.config import CheckpointConfig, DataConfig, MeshConfig, OptimizerConfig, RopeScaling
@@ -77,6 +78,11 @@ def without_login() -> None:
     text()
     login = mock.Mock(side_effect=RuntimeError("No API key configured. Use `wandb login` to log in."))
     mock.patch.dict(sys.modules, {"wandb": mock.Mock(Error=RuntimeError, login=login)}).start()
+
+
+def sixteen_gib() -> None:
+    mock.patch.object(runtime, "host_memory", return_value=16 * 2**30).start()  # undone by `message`
+    mock.patch("ulysses_jax.train.run").start()  # which would fill this host's memory, were it not refused
 
 
 CONFIG = [
@@ -182,11 +188,34 @@ COMMANDS = [
     Row("a plan for no such GPU", "plan --model gpt-7b --gpu tpu", ("--gpu is 'tpu'", "h100, h200, a100")),
     Row("a plan for no devices", "plan --model gpt-7b --devices 0", ("--devices is 0", "at least 1")),
     Row(
-        "a plan of an uneven length", "plan --model gpt-7b --length 65537", ("--length is 65537", "a multiple of --devices = 8")
+        "a plan of an uneven length",
+        "plan --model gpt-7b --length 65537",
+        ("--length is 65537;", "a multiple of --devices = 8", "above is 65544"),
     ),
     Row(
-        "a plan that cannot be", "plan --model gpt-30b --devices 1 --longest", ("does not fit 1 × NVIDIA H100", "more devices")
+        "a plan for devices that do not share the default length",
+        "plan --model gpt-7b --devices 7",
+        ("--length is 131072 by default", "a multiple of --devices = 7", "above is 131075"),
     ),
+    Row("a plan of one token", "plan --model gpt-7b --length 1", ("--length is 1;", "at least 2")),
+    Row(
+        "a plan of a length and of the longest",
+        "plan --model gpt-7b --length 65536 --longest",
+        ("--length is 65536", "--longest searches", "leave out one"),
+    ),
+    Row("a plan with less than no host", "plan --model gpt-7b --host-gib -1", ("--host-gib is -1", "at least 0")),
+    Row(
+        "a plan that cannot be",
+        "plan --model gpt-30b --devices 1",
+        ("131,072 tokens does not fit 1 × NVIDIA H100", "more devices, a shorter --length, or --longest."),
+    ),
+    Row(
+        "a plan that cannot be of any length",
+        "plan --model gpt-30b --devices 1 --longest",
+        ("4,096 tokens does not fit 1 × NVIDIA H100", "Use more devices or a smaller model."),
+    ),
+    Row("a mistyped option", "plan --modle gpt-7b", ("ulysses plan has no argument '--modle'", "Did you mean --model")),
+    Row("a mistyped option of export", "export run folder --dtyp=x", ("no argument '--dtyp=x'", "Did you mean --dtype?")),
     Row("unknown recipe", "train dmeo", ("no recipe 'dmeo'", "demo, demo-bidirectional")),
     Row("unknown field", "train demo --data.seqlen 64", ("'--data.seqlen'", "Did you mean --data.seq-len", "--help")),
     Row("a field without its part", "train demo --seq-len 64", ("'--seq-len'", "Did you mean --data.seq-len")),
@@ -216,6 +245,12 @@ COMMANDS = [
         f"{TINY} --mesh.ring 4",
         ("data × ring × seq = 2 × 4 × 4 needs 32", "there are 8", "smaller mesh"),
         setup=text,
+    ),
+    Row(
+        "a run for GPUs where there are none",
+        "train gpt-7b-64k",
+        ("gpt-7b-64k needs 102.", "no GPU was found", "has 16.0 GiB", "cuda13", "ulysses verify gpt-7b-64k", "--dry-run"),
+        setup=sixteen_gib,
     ),
     Row("verify without a recipe", "verify --mesh.seq 2", ("verify needs a recipe first", "demo, demo-bidirectional")),
     Row("verify of an unknown recipe", "verify dmeo", ("no recipe 'dmeo'", "demo, demo-bidirectional")),

@@ -1,6 +1,7 @@
 """The command line: recipes, dry runs, overrides, a short run, and stopping by signals."""
 
 import dataclasses
+import importlib.metadata
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ulysses_jax import cli, recipes
+from ulysses_jax import cli, costs, recipes
 from ulysses_jax.config import RopeScaling, from_dict, to_dict
 
 SMALL = [
@@ -46,6 +47,36 @@ def test_usage_is_an_answer_to_help_and_a_refusal_of_nothing(capsys, arguments, 
     assert (told.err if status == 0 else told.out) == ""
 
 
+def test_the_version_is_that_of_the_installed_package(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"{importlib.metadata.version('ulysses-jax')}\n"
+    assert "ulysses --version" in cli.USAGE
+
+
+@pytest.mark.parametrize("arguments", [["--out", "~/run"], ["--out=~/run"]])
+def test_a_runs_folder_may_be_in_the_home(monkeypatch, arguments):
+    """A shell leaves the second as it is; broken by making a folder named ~."""
+    monkeypatch.setenv("HOME", "/somebody")
+    assert parsed("demo", *arguments).out == Path("/somebody/run")
+
+
+@pytest.mark.parametrize("memory", [[], ["--memory.offload-optimizer", "True", "--memory.offload-params", "True"]])
+def test_a_state_too_large_for_the_cpus_of_this_host_is_refused_before_anything_is_written(
+    capsys, monkeypatch, tmp_path, memory
+):
+    """16 B a parameter, on the host or not. Broken by asking after the run has begun, or by counting devices' bytes alone."""
+    monkeypatch.chdir(tmp_path)
+    needed = 16 * sum(costs.parameter_counts(recipes.gpt_7b()).values())
+    monkeypatch.setattr(cli.runtime, "host_memory", lambda: needed - 1000)
+    monkeypatch.setattr("ulysses_jax.train.run", lambda *_, **__: pytest.fail("the run has begun"))
+    assert cli.main(["train", "gpt-7b-64k", *memory]) == 2
+    told = capsys.readouterr()
+    assert "no GPU was found" in told.err
+    assert told.out == ""
+    assert list(tmp_path.iterdir()) == []
+    assert cli.state_bytes(parsed("gpt-7b-64k", *memory).config) * 8 == pytest.approx(needed)
+
+
 def test_help_shows_every_field_with_its_value_in_the_recipe(capsys):
     """Broken by giving tyro no default: the values are then missing."""
     with pytest.raises(SystemExit) as stopped:
@@ -73,9 +104,23 @@ def test_a_dry_run_of_llama_at_128k_gives_the_numbers_of_the_closed_forms(capsys
         "320 MiB a device, forward",
         "parameters 3.739 GiB",  # 4 B · 8,030,261,248 / 8
         "optimizer 7.479 GiB",
-        "layer inputs 4 GiB",  # 2 B · 32 layers · 16,384 · 4,096
+        "activations 8.062 GiB",  # of 32 layers · 16,384: 2 B · 4,096 of input, 2 B · 32 · 128 and 4 B · 32 of attention
     ):
         assert part in told
+
+
+@pytest.mark.parametrize("policy", [[], ["--memory.save", "products"], ["--memory.offload-layers", "1"]])
+def test_a_dry_run_tells_what_its_own_policy_takes(capsys, monkeypatch, policy):
+    """By the plan's closed form, working set and host included. Adding up state and layer inputs alone breaks it."""
+    monkeypatch.setenv("COLUMNS", "120")
+    assert cli.main(["train", "llama-7b-64k", "--dry-run", *policy]) == 0
+    told = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    config = parsed("llama-7b-64k", *policy).config
+    here = costs.device_bytes(config)
+    assert f"working {cli._bytes(here['working'])} " in told
+    assert f"all {cli._bytes(sum(here.values()))} " in told
+    on_host = "bytes of the host, for each device ┌" in told
+    assert on_host == bool(sum(costs.host_bytes(config).values())) == ("--memory.offload-layers" in policy)
 
 
 @pytest.mark.parametrize(

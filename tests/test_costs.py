@@ -117,3 +117,37 @@ def test_exchange_is_the_papers_formula_where_every_head_has_its_kv_and_constant
 
 def test_divided_bytes_round_up_and_leave_the_rest_whole():
     assert costs.divided_bytes({"a": (80, True), "b": (9, True), "c": (5, False)}, devices=8, itemsize=2) == 2 * (10 + 2 + 5)
+
+
+@pytest.mark.parametrize(("heads", "fewer", "more"), [((32, 8), 32, 64), ((32, 8), 16, 24), ((6, 6), 3, 4)])
+def test_devices_without_a_head_of_their_own_make_attention_no_faster(heads, fewer, more):
+    """A device computes ⌈N/P⌉ heads: alike with both numbers of devices. Dividing by all devices breaks it."""
+    model = dataclasses.replace(recipes.llama3_8b(), num_heads=heads[0], num_kv_heads=heads[1])
+    data = DataConfig(seq_len=196608, batch_size=1)
+
+    def seconds(degree: int) -> dict[str, float]:
+        return costs.step_seconds(TrainConfig(model=model, mesh=MeshConfig(seq=degree), data=data), costs.GPUS["h100"])
+
+    assert seconds(more)["attention"] == pytest.approx(seconds(fewer)["attention"])
+
+
+def test_copies_of_heads_are_projected_too():
+    """32 heads over 8 KV heads on 64 devices: each token is projected to 64 and 64. Counting N and K breaks it."""
+    config = TrainConfig(
+        model=recipes.llama3_8b(),
+        mesh=MeshConfig(seq=64),
+        data=DataConfig(seq_len=131072, batch_size=1),
+        memory=MemoryConfig(save="products"),
+    )
+    gpu, model = costs.GPUS["h100"], config.model
+    plain = costs.step_flops(model, batch_size=1, seq_len=131072, pairs=0)
+    copies = 6 * 131072 * 32 * 2 * 4096 * 128 * ((64 - 32) + (64 - 8))  # of queries and output, of keys and values
+    assert costs.step_seconds(config, gpu)["matrices"] == pytest.approx((plain + copies) / 64 / gpu.gemm_flops)
+
+
+def test_copies_of_heads_are_saved_too():
+    """What attention saves lies as it was exchanged, 64 heads on 64 devices. Counting the model's 32 breaks it."""
+    sizes = {"model": recipes.llama3_8b(), "mesh": MeshConfig(seq=64), "data": DataConfig(seq_len=131072, batch_size=1)}
+    per_token = 2 * 4096 + 2 * 64 * 128 + 4 * 64  # a layer's input, attention's output and its log of sums
+    config = TrainConfig(**sizes, memory=MemoryConfig(save="attention"))
+    assert costs.device_bytes(config)["activations"] == 32 * 131072 / 64 * per_token

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import subprocess
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import pytest
 from tests.trainers import compiled_step, hlo, program, tiny
 from ulysses_jax import cli, costs, recipes
 from ulysses_jax.config import MemoryConfig
-from ulysses_jax.plan import ledger, longest_plan, make_plan, policies
+from ulysses_jax.plan import certify, ledger, longest_plan, make_plan, policies
 
 H100, GIB = costs.GPUS["h100"], 2**30
 
@@ -119,3 +120,35 @@ def test_the_command_line_prints_one_json_object(capsys):
     assert {"device_bytes", "host_bytes", "wire_bytes", "seconds"} <= answer.keys()
     assert cli.main(["plan", "--model", "llama-7b", "--devices", "2", "--longest"]) == 0
     assert "predicted time of a step" in capsys.readouterr().out
+
+
+def told(capsys, *arguments: str) -> str:
+    assert cli.main(["plan", *arguments]) == 0
+    return " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+
+def test_the_table_shows_the_mesh_and_who_idles(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    many = told(capsys, "--model", "llama3-8b", "--devices", "64")
+    assert "mesh data 1 × seq 64 = 64 devices, ZeRO-3" in many
+    assert "idle in attention 32 of 64 devices along seq, for there are 32 heads" in many
+    few = told(capsys, "--model", "llama3-8b", "--devices", "32", "--gpu", "H100")
+    assert "data 1 × seq 32" in few
+    assert "idle" not in few
+
+
+def test_a_policy_names_no_other_layers_where_there_are_none():
+    """Broken by naming `save_others` in every policy: at save_layers 1 it says nothing."""
+    default = MemoryConfig().save_others
+    found = {(memory.save_layers < 1, memory.save_others) for memory in policies(32)}
+    assert found == {(True, "attention"), (True, default), (False, default)}
+
+
+def test_a_step_that_cannot_be_compiled_says_what_to_install(monkeypatch):
+    """This package is on no index: broken by naming it."""
+    plan = make_plan(recipes.llama_7b(), H100, 8, 65536, host_limit=0)
+    assert plan is not None
+    failed = subprocess.CompletedProcess([], 1, stdout="", stderr="Traceback\nRuntimeError: no plugin\n")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(ValueError, match=r"\(RuntimeError: no plugin\).* pip install 'jax\[cuda13\]'\. Leave out --compile"):
+        certify(plan)

@@ -2,6 +2,8 @@
 
 import os
 import signal
+from contextlib import nullcontext
+from unittest import mock
 
 import jax
 import pytest
@@ -91,6 +93,16 @@ def test_memory_is_reserved_unless_the_user_says_how(monkeypatch):
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
     runtime.reserve_memory()
     assert "XLA_CLIENT_MEM_FRACTION" not in os.environ
+
+
+@pytest.mark.parametrize(("platform", "state", "refused"), [("cpu", 4.1, True), ("cpu", 4.0, False), ("gpu", 4.1, False)])
+def test_a_state_beyond_the_hosts_memory_is_refused_on_cpus_alone(monkeypatch, platform, state, refused):
+    """Eight devices, 32 bytes. Broken by comparing one device's state, or by asking nothing of the platform."""
+    monkeypatch.setattr(runtime, "host_memory", lambda: 32)
+    monkeypatch.setattr(jax, "devices", lambda: [mock.Mock(platform=platform)])
+    refusal = pytest.raises(ValueError, match=r"^big needs .* of 8 devices, but no GPU was found")
+    with refusal if refused else nullcontext():
+        runtime.check_memory("big", state, 8)
 
 
 def test_a_platform_without_devices_is_named(joined, monkeypatch):

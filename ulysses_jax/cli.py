@@ -7,6 +7,7 @@ ulysses train --list
 import contextlib
 import dataclasses
 import difflib
+import importlib.metadata
 import io
 import json
 import logging
@@ -16,7 +17,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import jax
 import tyro
@@ -37,7 +38,8 @@ USAGE = """usage: ulysses train RECIPE [--out DIR] [--dry-run] [--field value �
        ulysses train --list            the recipes
        ulysses verify RECIPE [--field value …]     is the parallel step what one device computes?
        ulysses export RUN FOLDER [--dtype bfloat16]     a run's weights, as a Hugging Face folder
-       ulysses plan --model NAME --gpu h100 --devices 8 [--length T | --longest]     what will it need and take?"""
+       ulysses plan --model NAME --gpu h100 --devices 8 [--length T | --longest]     what will it need and take?
+       ulysses --version"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,6 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             case [] | ["-h" | "--help"] | ["train"] | ["train", "-h" | "--help"]:
                 print(USAGE, file=sys.stdout if arguments[-1:] in (["-h"], ["--help"]) else sys.stderr)
                 return 0 if arguments[-1:] in (["-h"], ["--help"]) else 2
+            case ["--version"]:
+                print(importlib.metadata.version("ulysses-jax"))
             case ["train", "--list", *_]:
                 list_recipes(console)
             case ["train", name, *rest]:
@@ -127,6 +131,7 @@ def train(name: str, arguments: Sequence[str], console: Console) -> int:
         dry_run(command.config, console)
         return 0
     runtime.initialize(command.config.mesh.size)
+    runtime.check_memory(name, state_bytes(command.config), command.config.mesh.size)
     if jax.process_index() == 0:
         announce(name, command, console)
     from ulysses_jax.train import run
@@ -135,6 +140,12 @@ def train(name: str, arguments: Sequence[str], console: Console) -> int:
         if run(command.config, command.out, console, stop=stop) is not None:
             return 0
     return 130 if stop.signal == signal.SIGINT else 0
+
+
+def state_bytes(config: TrainConfig) -> float:
+    """Parameters, gradients and optimizer of one device, those that wait on the host too."""
+    held = (costs.device_bytes(config), costs.host_bytes(config))
+    return sum(parts[part] for parts in held for part in ("parameters", "gradients", "optimizer"))
 
 
 def announce(name: str, command: TrainCommand, console: Console) -> None:
@@ -171,12 +182,11 @@ def _parse(name: str, arguments: Sequence[str], verb: str = "train") -> TrainCom
     if unknown:
         own = ["--out", "--dry-run"] if verb == "train" else []
         known = [*own, *(f"--{field}" for field in _names(to_dict(command.config)))]
-        wanted = unknown[0].split("=")[0].replace("_", "-")
-        close = [x for x in known if x.endswith("." + wanted[2:])] or difflib.get_close_matches(wanted, known, n=2)
-        hint = f" Did you mean {' or '.join(close)}?" if close else ""
-        hint = hint if unknown[0].startswith("-") else " Fields are given as --field value."
+        hint = _close(_spelt(unknown[0]), known) if unknown[0].startswith("-") else " Fields are given as --field value."
         raise ValueError(f"{prog} has no argument {unknown[0]!r}.{hint} See {prog} --help.")
-    return command if isinstance(command, TrainCommand) else dataclasses.replace(whole, config=command.config)
+    if isinstance(command, TrainCommand):
+        return dataclasses.replace(command, out=command.out.expanduser())  # a shell leaves the ~ of --out=~/run as it is
+    return dataclasses.replace(whole, config=command.config)
 
 
 def _names(fields: dict, prefix: str = "") -> list[str]:
@@ -259,18 +269,18 @@ def plan(arguments: Sequence[str], console: Console) -> int:
 
     command = _plan_command(arguments)
     gpu, recipe = costs.GPUS[command.gpu], recipes.RECIPES.get(command.model)
-    model = recipe().model if recipe else recipes.MODELS[command.model]()
-    length = command.length or (recipe().data.seq_len if recipe else 131072)
-    limit = command.host_gib * 2**30
+    model, limit = recipe().model if recipe else recipes.MODELS[command.model](), command.host_gib * 2**30
     if command.longest:
+        length = 4096 * command.devices
         found = longest_plan(model, gpu, command.devices, host_limit=limit)
     else:
+        length = _length(command, recipe().data.seq_len if recipe else 131072)
         found = make_plan(model, gpu, command.devices, length, host_limit=limit)
     if found is None:
-        tokens = f"{4096 * command.devices if command.longest else length:,}"
+        way_out = "more devices or a smaller model" if command.longest else "more devices, a shorter --length, or --longest"
         raise ValueError(
-            f"{command.model} at {tokens} tokens does not fit {command.devices} × {gpu.name} with {command.host_gib:g} GiB of "
-            "host memory each, whatever is recomputed or sent to the host. Use more devices, or a shorter --length."
+            f"{command.model} at {length:,} tokens does not fit {command.devices} × {gpu.name} with {command.host_gib:g} GiB "
+            f"of host memory each, whatever is recomputed or sent to the host. Use {way_out}."
         )
     compiled = certify(found) if command.compile else None
     if command.json:
@@ -309,12 +319,13 @@ def show_plan(found: "Plan", compiled: dict[str, float] | None, model: str, cons
     memory = {k: v for k, v in to_dict(config.memory).items() if v != to_dict(MemoryConfig())[k]}
     title = f"{model} at {config.data.seq_len:,} tokens on {config.mesh.size} × {found.gpu.name}"
     flags = " ".join(f"--memory.{name.replace('_', '-')} {value}" for name, value in memory.items())
-    show(
-        console,
-        title,
-        {"policy": flags or "the default: attention's outputs are saved", "attention": str(config.implementation)},
-    )
-    rows = {k: _bytes(v) for k, v in found.device.items() if v} | {"all": _bytes(sum(found.device.values()))}
+    about = {"mesh": f"{_axes(config.mesh)} = {config.mesh.size} devices, ZeRO-{config.zero_stage}"}
+    about |= {"policy": flags or "the default: attention's outputs are saved", "attention": str(config.implementation)}
+    if (idle := config.mesh.seq - config.model.num_heads) > 0:
+        heads = config.model.num_heads
+        about["idle in attention"] = f"{idle} of {config.mesh.seq} devices along seq, for there are {heads} heads"
+    show(console, title, about)
+    rows = _parts(found.device)
     rows["of"] = _bytes(found.gpu.memory_bytes)
     if compiled:
         rows["all, compiled"] = f"{_bytes(compiled['device_bytes'])} ({compiled['compile_seconds']:.0f} s)"
@@ -338,18 +349,34 @@ def show_plan(found: "Plan", compiled: dict[str, float] | None, model: str, cons
 
 def _command[T](kind: type[T], name: str, arguments: Sequence[str]) -> T:
     """What the arguments of a command without a recipe say."""
-    box = io.StringIO()
+    prog, box = f"ulysses {name}", io.StringIO()
+    known = ["--help", *(f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(cast(Any, kind)))]
+    for argument in arguments:  # before tyro, which would rather miss what a mistyped option was to give
+        if argument.startswith("--") and _spelt(argument) not in known:
+            raise ValueError(f"{prog} has no argument {argument!r}.{_close(_spelt(argument), known)} See {prog} --help.")
     try:
         with contextlib.redirect_stderr(box):
-            return tyro.cli(kind, args=list(arguments), prog=f"ulysses {name}", config=(tyro.conf.FlagCreatePairsOff,))
+            return tyro.cli(kind, args=list(arguments), prog=prog, config=(tyro.conf.FlagCreatePairsOff,))
     except SystemExit as stop:
         if stop.code in (0, None):  # --help
             raise
-        raise ValueError(f"{_inside(box.getvalue())} See ulysses {name} --help.") from None
+        raise ValueError(f"{_inside(box.getvalue())} See {prog} --help.") from None
+
+
+def _spelt(argument: str) -> str:
+    """An option's name, without the value that may be tied to it."""
+    return argument.split("=")[0].replace("_", "-")
+
+
+def _close(wanted: str, known: Sequence[str]) -> str:
+    """The known options that a mistyped one may have meant, as a sentence."""
+    close = [x for x in known if x.endswith("." + wanted[2:])] or difflib.get_close_matches(wanted, known, n=2)
+    return f" Did you mean {' or '.join(close)}?" if close else ""
 
 
 def _plan_command(arguments: Sequence[str]) -> PlanCommand:
     command = _command(PlanCommand, "plan", arguments)
+    command = dataclasses.replace(command, gpu=command.gpu.lower())
     known = [*recipes.MODELS, *recipes.RECIPES]
     if command.model not in known:
         raise ValueError(f"--model is {command.model!r}; it must be one of {', '.join(known)}.")
@@ -357,22 +384,33 @@ def _plan_command(arguments: Sequence[str]) -> PlanCommand:
         raise ValueError(f"--gpu is {command.gpu!r}; it must be one of {', '.join(costs.GPUS)}.")
     if command.devices < 1:
         raise ValueError(f"--devices is {command.devices}; it must be at least 1.")
-    if command.length is not None and (command.longest or command.length % command.devices or command.length < 2):
-        raise ValueError(
-            f"--length is {command.length}; it must be a multiple of --devices = {command.devices}, at least 2, and stands "
-            "without --longest."
-        )
+    if not command.host_gib >= 0:
+        raise ValueError(f"--host-gib is {command.host_gib:g}; it must be at least 0, where nothing is sent to the host.")
+    if command.length is not None and command.longest:
+        raise ValueError(f"--length is {command.length}, but --longest searches for a length itself; leave out one of the two.")
+    if command.length is not None and command.length < 2:
+        raise ValueError(f"--length is {command.length}; it must be at least 2.")
     return command
 
 
+def _length(command: PlanCommand, default: int) -> int:
+    """Tokens of a planned sequence, which the devices share evenly."""
+    length, devices = command.length or default, command.devices
+    if length % devices:
+        raise ValueError(
+            f"--length is {length}{'' if command.length else ' by default'}; it must be a multiple of --devices = {devices}. "
+            f"The nearest above is {-(-length // devices) * devices}."
+        )
+    return length
+
+
 def dry_run(config: TrainConfig, console: Console) -> None:
-    """Shapes, parameters and the state's bytes a device; needs no device."""
+    """Shapes, parameters, and bytes a device as the recipe's memory policy has them; needs no device."""
     counts = costs.parameter_counts(config.model)
     total, n = sum(counts.values()), config.mesh.size
     show(console, "parameters", {**{part: f"{count:,}" for part, count in counts.items()}, "all": f"{total:,}"})
     model, mesh, T, B = config.model, config.mesh, config.data.seq_len, config.data.batch_size
     local, itemsize = B // mesh.data // config.accumulation, 2 if model.dtype == "bfloat16" else 4
-
     mine, dealing = T // (mesh.ring * mesh.seq), deal_heads(model.num_heads, model.num_kv_heads, mesh.seq)
 
     def exchanged(heads: int, dealt: int) -> str:
@@ -391,11 +429,14 @@ def dry_run(config: TrainConfig, console: Console) -> None:
             "model FLOPs a step": f"{costs.step_flops(model, batch_size=B, seq_len=T):.3e}",
         },
     )
-    stage = config.zero_stage
-    parts = {"parameters": 4 * total / (n if stage >= 3 else 1), "gradients": 4 * total / (n if stage >= 2 else 1)}
-    parts["optimizer"] = 8 * total / (n if stage >= 1 else 1)
-    parts["layer inputs"] = itemsize * model.num_layers * local * mine * model.embed_dim
-    show(console, "bytes a device", {**{k: _bytes(v) for k, v in parts.items()}, "all": _bytes(sum(parts.values()))})
+    show(console, "bytes a device", _parts(costs.device_bytes(config)))
+    if any((host := costs.host_bytes(config)).values()):
+        show(console, "bytes of the host, for each device", _parts(host))
+
+
+def _parts(found: dict[str, float]) -> dict[str, str]:
+    """Bytes by part, and of all together."""
+    return {k: _bytes(v) for k, v in found.items() if v} | {"all": _bytes(sum(found.values()))}
 
 
 def _axes(mesh: MeshConfig) -> str:

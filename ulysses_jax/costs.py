@@ -248,11 +248,10 @@ GPUS = {
 
 def saved_bytes(config: TrainConfig) -> tuple[float, float]:
     """Bytes a device saves for the backward of all layers: (on the device, on the host)."""
-    model, tokens, size = config.model, _tokens(config), _itemsize(config.model)
+    model, tokens, size = _as_dealt(config), _tokens(config), _itemsize(config.model)
     D, N, K, H, F = model.embed_dim, model.num_heads, model.num_kv_heads, model.head_dim, model.mlp_dim
-    kv = max(K, config.mesh.seq)
     inputs, attention = size * D, size * N * H + 4 * N
-    projections, products = size * (N + 2 * kv) * H, size * (N * H + D + 2 * F)
+    projections, products = size * (N + 2 * K) * H, size * (N * H + D + 2 * F)
     by_save = {"inputs": inputs, "attention": inputs + attention, "projections": inputs + attention + projections}
     by_save["products"] = by_save["projections"] + products
     by_save["all"] = by_save["products"] + size * (2 * F + 6 * D) + 4 * 2 * D  # norms in float32, and the gated products
@@ -272,10 +271,10 @@ def device_bytes(config: TrainConfig) -> dict[str, float]:
     """
     model, memory, n, size = config.model, config.memory, config.mesh.size, _itemsize(config.model)
     tokens, counts = _tokens(config), parameter_counts(config.model)
-    D, N, K, H, F, V = model.embed_dim, model.num_heads, model.num_kv_heads, model.head_dim, model.mlp_dim, model.vocab_size
+    D, H, F, V, work = model.embed_dim, model.head_dim, model.mlp_dim, model.vocab_size, _as_dealt(config)
     total, layer = sum(counts.values()), (counts["attention"] + counts["mlp"]) / model.num_layers
     tile = min(memory.mlp_tile or tokens, tokens)
-    attention = tokens * (8 * N + 6.4 * max(K, config.mesh.seq)) * H
+    attention = tokens * (8 * work.num_heads + 6.4 * work.num_kv_heads) * H
     in_flight = size * max(attention, tokens * 4 * D + tile * 5.3 * F)
     loss = min(memory.loss_tile, tokens) * V * 10 + V * D * (8 + size) + 2 * tokens * D * size
     away = _streamed(config)
@@ -353,18 +352,19 @@ def step_seconds(config: TrainConfig, gpu: Gpu) -> dict[str, float]:
     """What a step is predicted to take, in s a device: "matrices", "attention", "memory" (all that is no product), "optimizer"
     (with its host traffic), "stream" (parameters to the layers and gradients from them, not hidden: XLA starts many of these
     copies where they are needed), and beside them "wire" and "host" (activations), which travel while others compute; "step" is
-    what is longest, forward and backward.
+    what is longest, forward and backward. Heads are counted as they are dealt: one that is computed twice takes time twice.
     """
     model, memory, n, size = config.model, config.memory, config.mesh.size, _itemsize(config.model)
     sizes = {"batch_size": config.data.batch_size, "seq_len": config.data.seq_len}
     pairs = config.data.batch_size * visible_pairs(
         config.data.seq_len, is_causal=model.is_causal, window=model.local_window_size
     )
-    kernel = model.num_layers * attention_flops(pairs, model.num_heads, model.head_dim)
+    work = _as_dealt(config)
+    kernel = model.num_layers * attention_flops(pairs, work.num_heads, model.head_dim)
     group, named = memory.group(model.num_layers), config.implementation != "cudnn"
     kernels_again = sum(x.save == "inputs" or (not named and x.save != "all") for x in group) / len(group) * kernel
-    again = recomputed_flops(model, memory, **sizes, named=named) - kernels_again
-    matrices = (step_flops(model, **sizes, pairs=0) + again) / n / gpu.gemm_flops
+    again = recomputed_flops(work, memory, **sizes, named=named) - kernels_again
+    matrices = (step_flops(work, **sizes, pairs=0) + again) / n / gpu.gemm_flops
     attention = (3.5 * kernel + kernels_again) / n / gpu.attention_flops
     tokens = config.data.batch_size * config.data.seq_len / n
     passes = size * tokens * (60 * model.embed_dim + 30 * model.mlp_dim) * model.num_layers
@@ -378,10 +378,17 @@ def step_seconds(config: TrainConfig, gpu: Gpu) -> dict[str, float]:
     wire = sum(wire_bytes(config).values()) / gpu.link_bytes_per_s
     sent = saved_bytes(config)[1] * config.accumulation / gpu.host_bytes_per_s
     compute = sum(parts.values()) - update
-    forward = step_flops(model, **sizes, pairs=0) / 3 / n / gpu.gemm_flops + kernel / n / gpu.attention_flops
+    forward = step_flops(work, **sizes, pairs=0) / 3 / n / gpu.gemm_flops + kernel / n / gpu.attention_flops
     forward += parts["memory"] / 4
     step = max(max(forward, sent) + max(compute - forward, sent), wire) + update + 3 * layers
     return parts | {"stream": 3 * layers, "wire": wire, "host": 2 * sent, "step": step}
+
+
+def _as_dealt(config: TrainConfig) -> ModelConfig:
+    """The model with the heads that its devices project and attend with, copies too: ⌈N/P⌉·P queries (`deal_heads`)."""
+    model = config.model
+    dealing = deal_heads(model.num_heads, model.num_kv_heads, config.mesh.seq)
+    return dataclasses.replace(model, num_heads=len(dealing.queries), num_kv_heads=len(dealing.keys))
 
 
 def _tokens(config: TrainConfig) -> float:

@@ -204,7 +204,7 @@ class Plan:
 def policies(num_layers: int) -> Iterator[MemoryConfig]:
     """Every policy worth trying."""
     kinds: list[dict[str, Any]] = [
-        {"save": save, "save_layers": f, "save_others": "attention"}
+        {"save": save, "save_layers": f} | ({"save_others": "attention"} if f < 1 else {})  # of no others at 1
         for save in ("products", "projections")
         for f in (1, 0.5, 0.25)
     ]
@@ -337,7 +337,7 @@ def certify(plan: Plan) -> dict[str, float]:
         why = (child.stderr.strip().splitlines() or ["no message"])[-1]
         raise ValueError(
             f"the step could not be compiled for {plan.gpu.name} ({why[:200]}). It needs jax's CUDA wheels: "
-            "pip install 'ulysses-jax[cuda13]'. Leave out --compile for the closed form alone."
+            "pip install 'jax[cuda13]'. Leave out --compile for the closed form alone."
         )
     return json.loads(found[1])
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 import jax
 from jax.experimental import multihost_utils
 
-__all__ = ["PATIENCE", "Stop", "initialize", "reserve_memory", "stopping"]
+__all__ = ["PATIENCE", "Stop", "check_memory", "host_memory", "initialize", "reserve_memory", "stopping"]
 
 PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
 
@@ -25,8 +25,34 @@ def reserve_memory() -> None:
     """
     if not {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_PREALLOCATE"} & os.environ.keys():
         os.environ["XLA_CLIENT_MEM_FRACTION"] = "0.94"
-    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", str(max(1, int(0.9 * host / 1e9))))
+    os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", str(max(1, int(0.9 * host_memory() / 1e9))))
+
+
+def host_memory() -> int:
+    """Bytes of this host's physical memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def check_memory(name: str, state_bytes: float, mesh_size: int) -> None:
+    """Refuse a state that virtual CPU devices could only hold by filling the host's memory; call it after `initialize`.
+
+    Args:
+      name: the recipe.
+      state_bytes: parameters, gradients and optimizer of one device, wherever they lie: a CPU device's memory is the host's.
+      mesh_size: devices of the whole mesh.
+
+    Raises:
+      ValueError: the devices are CPUs, and the state of those of this process exceeds the host's physical memory.
+    """
+    devices = mesh_size // jax.process_count()
+    needed, there = state_bytes * devices, host_memory()
+    if jax.devices()[0].platform == "cpu" and needed > there:
+        raise ValueError(
+            f"{name} needs {needed / 2**30:,.1f} GiB for the parameters, gradients and optimizer of {devices} devices, but no "
+            f"GPU was found, and this host, whose CPU would stand in for them, has {there / 2**30:,.1f} GiB. Install jax for "
+            f"GPUs (the extra cuda13, or pip install 'jax[cuda13]'), try the recipe shrunk with ulysses verify {name}, or "
+            "count its bytes with --dry-run."
+        )
 
 
 def initialize(mesh_size: int) -> None:
