@@ -25,6 +25,8 @@ LAYERS = {
     "flax_layers": {"mesh", "attention", "ulysses"},
     # Attention on one device is what a model has when it is handed none.
     "model": {"config", "memory", "attention"},
+    # The types of loop carries are attention's.
+    "loss": {"attention", "model"},
     "zero": {"mesh"},
     "data": {"config", "mesh"},
     "hf": {"config", "model", "mesh", "zero"},

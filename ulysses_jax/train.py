@@ -28,6 +28,7 @@ from ulysses_jax.attention import check_platform, make_mask
 from ulysses_jax.attention.blocked import varying_like
 from ulysses_jax.config import MemoryConfig, MeshConfig, OptimizerConfig, TrainConfig, from_dict
 from ulysses_jax.data import END, Corpus, Packing, byte_entropy, open_corpus, place, read_ahead
+from ulysses_jax.loss import token_losses
 from ulysses_jax.memory import HOST, stream_update, to_host
 from ulysses_jax.mesh import DATA, RING, SEQ, make_mesh, token_order, token_spec
 from ulysses_jax.model import Transformer
@@ -36,7 +37,7 @@ from ulysses_jax.runtime import Stop, stopping
 from ulysses_jax.ulysses import ShardAttention
 from ulysses_jax.zero import Stored, Unshard, hold, zero_shardings
 
-__all__ = ["Program", "batch_shapes", "build", "compiler_options", "load_run", "make_optimizer", "run", "token_losses"]
+__all__ = ["Program", "batch_shapes", "build", "compiler_options", "load_run", "make_optimizer", "run"]
 
 LAYERS = "layers"
 WAY_OUT = "the last save is kept. Try a lower optimizer.learning_rate, in another --out."
@@ -264,66 +265,6 @@ def _kept_in(inner: optax.GradientTransformation, dtype: jnp.dtype) -> optax.Gra
     return optax.GradientTransformation(lambda params: cast(inner.init(params), dtype), update)
 
 
-def token_losses(model: Transformer, features: Array, labels: Array, weights: Array, *, tile: int) -> Array:
-    """Σ weight · −log softmax(features · table)[label], the logits of `tile` tokens at a time.
-
-    features [B, T, D]; labels, weights [B, T], which are not differentiated.
-    """
-    tokens = labels.size
-    tile = min(tile, tokens)
-    flat = (features.reshape(tokens, -1), labels.reshape(tokens), weights.reshape(tokens))
-    tiles = [jnp.pad(x, [(0, -tokens % tile)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, tile, *x.shape[1:]) for x in flat]
-    return _tiled_losses(*tiles, model.output_table())
-
-
-@jax.custom_vjp
-def _tiled_losses(features: Array, labels: Array, weights: Array, table: Array) -> Array:
-    """features [tiles, tile, D], labels and weights [tiles, tile], table [V, D] → the sum over all tokens."""
-    used = table.astype(features.dtype)
-
-    def one(total: Array, tile: tuple[Array, Array, Array]) -> tuple[Array, None]:
-        return total + _tile_loss(used, *tile)[0], None
-
-    return lax.scan(one, varying_like(jnp.zeros((), jnp.float32), features, weights), (features, labels, weights))[0]
-
-
-def _tile_loss(table: Array, features: Array, labels: Array, weights: Array) -> tuple[Array, Array, Array]:
-    """(summed loss, logits, log of the sum of their exponentials), float32."""
-    logits = jnp.einsum("td,vd->tv", features, table, preferred_element_type=jnp.float32)
-    norm = jax.nn.logsumexp(logits, axis=-1)
-    picked = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
-    return (weights * (norm - picked)).sum(), logits, norm
-
-
-def _tiled_losses_fwd(features: Array, labels: Array, weights: Array, table: Array):
-    """The gradient too, tile by tile, while the logits are there: three products of matrices, not four as with recomputation.
-
-    The table's gradient adds up over the tiles in float32.
-    """
-    used = table.astype(features.dtype)
-
-    def one(carry: tuple[Array, Array], tile: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], Array]:
-        total, d_table = carry
-        own, labels, weights = tile
-        loss, logits, norm = _tile_loss(used, *tile)
-        hit = lax.broadcasted_iota(labels.dtype, logits.shape, 1) == labels[:, None]
-        d_logits = (weights[:, None] * (jnp.exp(logits - norm[:, None]) - hit)).astype(features.dtype)
-        d_table += jnp.einsum("tv,td->vd", d_logits, own, preferred_element_type=jnp.float32)
-        return (total + loss, d_table), d_logits @ used
-
-    zero, zeros = (varying_like(jnp.zeros(shape, jnp.float32), features, weights, table) for shape in ((), table.shape))
-    (total, d_table), d_features = lax.scan(one, (zero, zeros), (features, labels, weights))
-    return total, (d_features, d_table.astype(table.dtype))
-
-
-def _tiled_losses_bwd(gradients: tuple[Array, Array], d_total: Array):
-    d_features, d_table = (x * d_total.astype(x.dtype) for x in gradients)
-    return d_features, None, None, d_table
-
-
-_tiled_losses.defvjp(_tiled_losses_fwd, _tiled_losses_bwd)
-
-
 def batch_shapes(config: TrainConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes, types and shardings of a global batch, for compiling before there is one."""
     at = NamedSharding(mesh, token_spec(mesh))
@@ -398,12 +339,34 @@ def run(config: TrainConfig, out: Path, console: Console | None = None, *, stop:
     return summary
 
 
+def load_run(out: Path) -> Transformer:
+    """The model of a run's newest save, on one device of this process.
+
+    Raises:
+      ValueError: a folder that is no run, or has no undamaged save.
+    """
+    from ulysses_jax.checkpoint import Checkpoints
+
+    path = out / "config.json"
+    try:
+        config = from_dict(json.loads(path.read_text())["config"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"{out} is no run of ulysses: {path} cannot be read. Name the --out of a run.") from None
+    config = dataclasses.replace(config, mesh=MeshConfig(), memory=MemoryConfig(), implementation=None)
+    program = build(config, make_mesh(devices=jax.local_devices()[:1]))
+    with Checkpoints(out / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
+        if (found := checkpoints.restore(program.abstract)) is None:
+            raise ValueError(f"{out} has no save yet; it has one after {config.checkpoint.every} steps.")
+    graph = nnx.split(nnx.eval_shape(lambda: Transformer(config.model, rngs=nnx.Rngs(0))))[0]
+    return nnx.merge(graph, found[1]["params"])
+
+
 def _first_state(program: Program) -> State:
     """Random parameters, or those of `init_from`, and an optimizer that has seen nothing."""
-    state = program.init()
-    if program.config.init_from is not None:
+    state, folder = program.init(), program.config.init_from
+    if folder is not None:
         del state["params"]  # there is not room for both
-        state["params"] = hf.load_params(program.config.init_from, program.abstract["params"])
+        state["params"] = hf.load_params(folder, program.abstract["params"])
     return state
 
 
@@ -499,29 +462,6 @@ def _on_mesh(local: Callable, config: TrainConfig, mesh: Mesh, graph, parts: tup
         return local(config, graph, hold(_host_layers(params, config.memory), params_at, grads_at), batch)
 
     return jax.shard_map(on_one_device, mesh=mesh, in_specs=(_specs(params_at), token_spec(mesh)), out_specs=out_specs)
-
-
-def load_run(out: Path) -> Transformer:
-    """The model of a run's newest save, on one device of this process.
-
-    Raises:
-      ValueError: a folder that is no run, or has no undamaged save.
-    """
-    from ulysses_jax.checkpoint import Checkpoints
-
-    path = out / "config.json"
-    try:
-        config = from_dict(json.loads(path.read_text())["config"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"{out} is no run of ulysses: {path} cannot be read. Name the --out of a run.") from None
-    config = dataclasses.replace(config, mesh=MeshConfig(), memory=MemoryConfig(), implementation=None)
-    program = build(config, make_mesh(devices=jax.local_devices()[:1]))
-    with Checkpoints(out / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
-        found = checkpoints.restore(program.abstract)
-    if found is None:
-        raise ValueError(f"{out} has no save yet; it has one after {config.checkpoint.every} steps.")
-    graph = nnx.split(nnx.eval_shape(lambda: Transformer(config.model, rngs=nnx.Rngs(0))))[0]
-    return nnx.merge(graph, found[1]["params"])
 
 
 def _loss_and_grads(
