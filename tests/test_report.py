@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import math
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -40,6 +41,28 @@ def test_a_claimed_folder_holds_the_whole_config_and_can_be_claimed_again(tmp_pa
 def test_a_process_that_may_not_write_leaves_no_folder(tmp_path):
     claim(tmp_path / "run", CONFIG, "corpus", write=False)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("written", ["config.tmp", "config.json"])
+def test_a_process_that_looks_while_the_writer_claims_the_folder_is_not_refused(tmp_path, monkeypatch, written):
+    """Of several processes one writes, and another sees its config.json too late to read it, or still as config.tmp.
+
+    Broken by looking for config.json only before the listing, or by counting config.tmp as another's file.
+    """
+    out, listing = tmp_path / "run", Path.iterdir
+    out.mkdir()
+
+    def late(folder: Path):
+        monkeypatch.undo()
+        claim(out, CONFIG, "corpus")
+        (out / "config.json").rename(out / written)
+        return listing(folder)
+
+    monkeypatch.setattr(Path, "iterdir", late)
+    claim(out, CONFIG, "corpus", write=False)
+    claim(out, CONFIG, "corpus")
+    with pytest.raises(ValueError, match="another run"):
+        claim(out, changed(seed=1), "corpus", write=False)
 
 
 @pytest.mark.parametrize(

@@ -66,16 +66,18 @@ def claim(out: Path, config: TrainConfig, corpus: str, *, write: bool = True) ->
     Raises:
       ValueError: a folder that holds something else, another run, or a config.json that cannot be read.
     """
-    path = out / "config.json"
+    path, unfinished = out / "config.json", out / "config.tmp"
     if not path.exists():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        occupied = out.exists() and (not out.is_dir() or any(p != unfinished for p in out.iterdir()))
+        if occupied and not path.exists():  # looked for again: meanwhile the process that writes may have claimed the folder
             raise ValueError(f"--out {out} is occupied and is no run of ulysses (it has no config.json); name another folder.")
+    if not path.exists():
         if write:
             try:
                 out.mkdir(parents=True, exist_ok=True)
                 text = json.dumps({"config": to_dict(config), "corpus": corpus}, indent=2)
-                path.with_suffix(".tmp").write_text(text + "\n")
-                path.with_suffix(".tmp").replace(path)
+                unfinished.write_text(text + "\n")
+                unfinished.replace(path)
             except OSError as error:
                 raise ValueError(f"--out {out} cannot be written ({error.strerror}); name a folder that can.") from None
         return
