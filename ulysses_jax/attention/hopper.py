@@ -333,8 +333,10 @@ def _steps_known(mask: Mask, tile: int, step: int, lists) -> tuple[int, ...] | N
     return tuple(np.maximum(steps, 1).tolist())
 
 
-def _hides_nothing(mask: Mask) -> bool:
-    return _is_known(mask) and not mask.is_causal and mask.window is None
+def _hides_nothing(mask: Mask, T: int, S: int) -> bool:
+    """Not even what lengths were padded with."""
+    whole = (mask.query_length, mask.key_length) == (T, S)
+    return _is_known(mask) and whole and not mask.is_causal and mask.window is None
 
 
 def _is_known(mask: Mask) -> bool:
@@ -363,7 +365,7 @@ def _forward(options: _Options, q: Array, k: Array, v: Array, mask: Mask) -> tup
     """(out, lse); where all tiles take equally long, the last few are cut along their keys and shared by all (`last_round`)."""
     (B, T, N, H), S = q.shape, k.shape[1]
     rows, block, left, parts = 2 * WARPGROUP_ROWS, HEAD_DIMS[H].forward.block, 0, 1
-    if HEAD_DIMS[H].persistent and _hides_nothing(mask) and T % rows == 0 and S % block == 0:
+    if HEAD_DIMS[H].persistent and _hides_nothing(mask, T, S) and T % rows == 0 and S % block == 0:
         left, parts = last_round(B * N * (T // rows), T // rows, S // block)
     out, lse = _forward_tiles(options, q, k, v, mask, left)
     if left:
@@ -681,7 +683,7 @@ def _by_keys(
     """(dQ, dK, dV), those of `wanted`; where all tiles take equally long, the last few are cut along their queries."""
     (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
     rows, block, left, parts = 2 * WARPGROUP_ROWS, HEAD_DIMS[H].keys.block, 0, 1
-    if _hides_nothing(mask) and T % block == 0 and S % rows == 0 and parts_of_group(N // K, S // rows) == 1:
+    if _hides_nothing(mask, T, S) and T % block == 0 and S % rows == 0 and parts_of_group(N // K, S // rows) == 1:
         left, parts = last_round(B * K * (S // rows), S // rows, T // block)
     found = _keys_kernel(options, q, k, v, d_out, lse2, delta, mask, wanted, left)
     if not left:
