@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import sys
 from typing import Any
 
 import jax
@@ -203,6 +204,17 @@ def test_folders_that_are_none_are_refused(tmp_path):
     (tmp_path / hf.INDEX).write_text(json.dumps({"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}))
     with pytest.raises(ValueError, match=r"names model-00001-of-00002.safetensors, which is not there"):
         hf.load(tmp_path)
+
+
+def test_without_safetensors_nothing_is_begun(tmp_path, monkeypatch):
+    """A run is refused before it compiles, and a folder that cannot be filled is not made."""
+    hf.save(model_of(LLAMA), tmp_path / "here")
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(ValueError, match="need safetensors, the extra hf"):
+        hf.check(tmp_path / "here", LLAMA)
+    with pytest.raises(ValueError, match="need safetensors, the extra hf"):
+        hf.save(model_of(LLAMA), tmp_path / "there")
+    assert not (tmp_path / "there").exists()
 
 
 def test_a_tied_output_that_is_written_all_the_same_is_passed_over(tmp_path):

@@ -91,15 +91,17 @@ def load(
         places = jax.tree.map(lambda _: SingleDeviceSharding(jax.local_devices()[0]), params)
     else:
         places = zero_shardings(params, (), mesh=mesh, stage=stage)[0]
-    return nnx.merge(graph, _read_all(folder, params, places))
+    placed = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), params, places)
+    return nnx.merge(graph, load_params(folder, placed))
 
 
 def check(folder: str | Path, config: ModelConfig) -> None:
     """Refuse a folder whose weights a model of `config` cannot take; windows and RoPE may differ, as long contexts change them.
 
     Raises:
-      ValueError: the first size that differs, or as for `read_config`.
+      ValueError: the first size that differs, no safetensors to read with, or as for `read_config`.
     """
+    _safetensors()
     found = read_config(folder)
     for name in SHAPE:
         ours, theirs = getattr(config, name), getattr(found, name)
@@ -112,20 +114,16 @@ def load_params(folder: str | Path, params: Tree) -> Tree:
     Raises:
       ValueError: as for `load`.
     """
-    return _read_all(Path(folder), params, jax.tree.map(lambda x: x.sharding, params))
-
-
-def _read_all(folder: Path, params: Tree, places: Tree) -> Tree:
-    with _tensors(folder) as tensors:
+    with _tensors(Path(folder)) as tensors:
         _check_names(tensors, params)
 
-        def read(path, x: jax.ShapeDtypeStruct, place) -> jax.Array:
+        def read(path, x: jax.ShapeDtypeStruct) -> jax.Array:
             def part(index: Any) -> np.ndarray:
                 return _read(tensors, _path(path), x.shape, index)
 
-            return jax.make_array_from_callback(x.shape, place, part)
+            return jax.make_array_from_callback(x.shape, x.sharding, part)
 
-        return jax.tree_util.tree_map_with_path(read, params, places)
+        return jax.tree_util.tree_map_with_path(read, params)
 
 
 def read_config(folder: str | Path) -> ModelConfig:
@@ -311,7 +309,7 @@ def save(model: Transformer, folder: str | Path, *, dtype: str = "bfloat16", max
         f"{folder} holds weights already; choose another folder, or move them away first.",
     )
     size = jnp.dtype(dtype).itemsize
-    parts, sizes = [[]], [0]  # (our name, layer or none, Hugging Face name, inputs), file by file
+    parts, sizes = [[]], [0]  # file by file (parameter, layer or none, Hugging Face name, inputs), and bytes
     for path, x in leaves:
         own = _path(path)
         names = _names(own, model.config.num_layers)
@@ -322,8 +320,8 @@ def save(model: Transformer, folder: str | Path, *, dtype: str = "bfloat16", max
                 sizes.append(0)
             parts[-1].append((x, None if own in OTHERS else i, name, inputs))
             sizes[-1] += bytes_
-    folder.mkdir(parents=True, exist_ok=True)
     write, where = _safetensors().numpy.save_file, {}
+    folder.mkdir(parents=True, exist_ok=True)
     for n, part in enumerate(parts, 1):
         file = SINGLE if len(parts) == 1 else f"model-{n:05}-of-{len(parts):05}.safetensors"
         write({name: _theirs(x, i, inputs, dtype) for x, i, name, inputs in part}, folder / file, metadata={"format": "pt"})
