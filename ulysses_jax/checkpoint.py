@@ -91,13 +91,16 @@ class Checkpoints:
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
             folder = self.folder / str(step)
+            signed = (folder / MANIFEST).exists()
             problem = self._agree(damage(folder) if jax.process_index() == 0 else None)
             if problem is None:
+                if not signed:
+                    _log.warning("checkpoint %d was never signed: its run ended just then; its data cannot be checked", step)
                 try:
                     return step, self._manager.restore(step, args=ocp.args.StandardRestore(like))
                 except Exception as error:
                     # Signed files are as they were written, so that `like` is wrong. Several processes would not all be here.
-                    if (folder / MANIFEST).exists() or jax.process_count() > 1:
+                    if signed or jax.process_count() > 1:
                         raise
                     problem = f"it was never signed, and cannot be read: {str(error).splitlines()[0]:.200}"
             self._set_aside(step, problem)
@@ -138,9 +141,6 @@ def damage(folder: Path) -> str | None:
     """What is wrong with a saved step's files, in words; None if they match their manifest, or were never signed."""
     manifest = folder / MANIFEST
     if not manifest.exists():
-        _log.warning(
-            "checkpoint %s was never signed, as its run ended while it was written; its data is not checked", folder.name
-        )
         return None
     try:
         expected = json.loads(manifest.read_text())
