@@ -77,7 +77,8 @@ def seconds(compiled: Callable, *arguments: Any, runs: int = 10) -> float:
 
 def options_on(mesh: Mesh, **more: bool) -> dict[str, Any]:
     """The flags that matter on GPUs, with those of a training step."""
-    return OPTIONS | options | more if (options := compiler_options(MemoryConfig(), mesh)) else {}
+    options = compiler_options(MemoryConfig(), mesh)
+    return {} if options is None else OPTIONS | options | more
 
 
 def compile_on(

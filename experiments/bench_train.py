@@ -180,6 +180,24 @@ def cases(bench: Bench) -> Iterator[tuple[str, TrainConfig]]:
             yield case + f"documents={bench.documents} {text or 'as the recipe'}", config
 
 
+def config_of(case: str) -> TrainConfig:
+    """The config that a case and its implementation, as a result file names them, stand for: the inverse of `cases`."""
+    recipe, layers, T, B, data, seq, documents, *policy, implementation = case.split()
+    number = lambda text: int(text.split("=")[1])  # noqa: E731
+    bench = Bench(
+        recipe=recipe,
+        layers=number(layers),
+        lengths=(number(T),),
+        batch_size=number(B),
+        data=number(data),
+        seq=number(seq),
+        documents=number(documents),
+        policies=() if policy == ["as", "the", "recipe"] else tuple(policy),
+    )
+    ((_, config),) = cases(bench)
+    return dataclasses.replace(config, implementation=implementation)
+
+
 def draw(folder: Path) -> Path:
     """Bars of tokens/s beside DeepSpeed's, from all result files of training that hold both."""
     import matplotlib.pyplot as plt

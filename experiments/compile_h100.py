@@ -26,7 +26,7 @@ from ulysses_jax import recipes
 from ulysses_jax.attention import longformer_blocks, make_mask
 from ulysses_jax.attention.hopper import HEAD_DIMS, hopper_attention
 from ulysses_jax.config import MeshConfig
-from ulysses_jax.plan import absent_mesh, compile_for, ledger
+from ulysses_jax.plan import _computations, absent_mesh, compile_for, ledger
 from ulysses_jax.train import build
 
 
@@ -47,7 +47,8 @@ def compile_step(recipe: str, *, data: int, seq: int, implementation: str, batch
     mesh = h100_mesh(data=data, seq=seq)
     program = build(config, mesh)
     compiled = compile_for(program)
-    crossings, memory = ledger(compiled.as_text() or "", mesh), compiled.memory_analysis()
+    text, memory = compiled.as_text() or "", compiled.memory_analysis()
+    crossings = ledger(text, mesh)
     assert memory is not None
     case = f"{recipe} data={data} seq={seq} {implementation} {config.memory.save}"
     runs, sent = Counter(), Counter()
@@ -56,7 +57,7 @@ def compile_step(recipe: str, *, data: int, seq: int, implementation: str, batch
         sent[crossing.kind] += crossing.times * crossing.bytes
     rows = [record.row(case, f"runs of {name}", "1 a step", count) for name, count in sorted(runs.items())]
     rows += [record.row(case, f"operands of {kind}", "bytes a device and step", count) for kind, count in sorted(sent.items())]
-    beside = beside_the_forward_kernel(compiled.as_text() or "")
+    beside = beside_the_forward_kernel(text)
     rows.append(record.row(case, "gathers and reduce-scatters begun and not done at a forward kernel", "1", beside))
     rows.append(record.row(case, "arguments", "bytes a device", memory.argument_size_in_bytes))
     rows.append(record.row(case, "temporaries", "bytes a device", memory.temp_size_in_bytes))
@@ -68,16 +69,16 @@ def beside_the_forward_kernel(program: str) -> int:
 
     NCCL's kernel waits there for one of the multiprocessors that attention keeps, and for the other devices.
     """
-    found, running = 0, set()
-    for line in program.splitlines():
-        if line.endswith("{"):
-            running = set()
-        elif begun := re.search(r"%(\S+) = .* (?:all-gather|reduce-scatter)-start\(", line):
-            running.add(begun[1])
-        elif done := re.search(r" (?:all-gather|reduce-scatter)-done\(%?([^),]+)", line):
-            running.discard(done[1])
-        elif "custom-call(" in line and "ulysses_attention_forward" in line:
-            found += len(running)
+    found = 0
+    for instructions in _computations(program)[0].values():
+        running = set()
+        for name, _, kind, operands, rest in (instruction.groups() for instruction in instructions):
+            if kind in ("all-gather-start", "reduce-scatter-start"):
+                running.add(name)
+            elif kind in ("all-gather-done", "reduce-scatter-done"):
+                running.discard(operands.split()[-1].lstrip("%"))
+            elif kind == "custom-call" and "ulysses_attention_forward" in rest:
+                found += len(running)
     return found
 
 

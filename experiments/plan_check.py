@@ -10,7 +10,6 @@ Or against steps that were measured: bytes and seconds.
 import collections
 import dataclasses
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -57,20 +56,7 @@ def runs(path: Path) -> Iterator[tuple[str, Plan, dict[str, Any]]]:
         figures[row["case"]][row["metric"]] = row["ours"]
     gpu = next(gpu for gpu in costs.GPUS.values() if gpu.name in content["device"])
     for case, found in figures.items():
-        recipe, *sizes, text, implementation = re.sub(r" [A-Za-z]+=(?=\d+ )", " ", case).replace("as the recipe", "-").split()
-        layers, T, B, data, seq, documents = map(int, sizes)
-        bench = bench_train.Bench(
-            recipe=recipe,
-            layers=layers,
-            lengths=(T,),
-            batch_size=B,
-            data=data,
-            seq=seq,
-            documents=documents,
-            policies=() if text == "-" else (text,),
-        )
-        ((_, config),) = bench_train.cases(bench)
-        config = dataclasses.replace(config, implementation=implementation)
+        config = bench_train.config_of(case)
         yield case, Plan(gpu=gpu, config=config, host_limit=float("inf")), found
 
 
