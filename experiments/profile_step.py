@@ -16,7 +16,7 @@ import tyro
 from experiments import record
 
 KINDS = {  # the first that matches names a kernel
-    "communication": r"nccl|all-?gather|all-?to-?all|reduce-?scatter|all-?reduce|permute|sendrecv",
+    "communication": r"nccl|p2p|all-?gather|all-?to-?all|reduce-?scatter|all-?reduce|permute|sendrecv",
     "attention": r"ulysses_attention|cudnn.*(sdpa|fprop|bprop|flash)|flash|fmha",
     "matmul": r"gemm|cutlass|nvjet|xmma|cublas|wgmma",
     "copies": r"memcpy|transpose|copy|memset",

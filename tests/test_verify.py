@@ -38,6 +38,17 @@ def test_an_honest_run_is_equal(mesh, stage):
     assert max(verdict.errors.values()) < 1e-5
 
 
+@pytest.mark.parametrize("mesh", [MeshConfig(data=2, seq=4), MeshConfig(ring=2, seq=2)], ids=["ulysses", "ring"])
+def test_a_run_whose_parameters_travel_by_copies_is_equal(mesh, monkeypatch):
+    """As on GPUs of one process. Counting ZeRO's all-to-alls with the exchange's breaks it."""
+    monkeypatch.setattr(train, "exchanges_by_copies", lambda mesh: mesh.size > 1)
+    verdict = verdict_of(config(mesh))
+    assert verdict.faults == []
+    assert max(verdict.errors.values()) < 1e-5
+    assert [x for x in verdict.crossings if x.kind == "all-to-all" and not x.is_exchange]
+    assert not [x for x in verdict.crossings if x.kind == "reduce-scatter"]
+
+
 def test_sequence_parallelism_that_is_silently_off_is_caught(monkeypatch):
     """Trap 2: each device attends to its own tokens alone."""
 

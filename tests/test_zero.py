@@ -166,7 +166,7 @@ def small() -> dict[str, Any]:
     return jax.tree.map(lambda s: rng.normal(size=s).astype(np.float32), SMALL, is_leaf=lambda s: isinstance(s, tuple))
 
 
-def through_unshard(mesh, stage: int, dtype: str, device_loss: Callable) -> Any:
+def through_unshard(mesh, stage: int, dtype: str, device_loss: Callable, *, by_copies: bool = False) -> Any:
     """The gradient of Σ_devices device_loss(params as used, device's x)."""
     params_at, grads_at, _ = zero_shardings(small(), (), mesh=mesh, stage=stage)
 
@@ -174,7 +174,7 @@ def through_unshard(mesh, stage: int, dtype: str, device_loss: Callable) -> Any:
         def loss(pieces):
             held = hold(params, params_at, grads_at)
             held = jax.tree.map(lambda s, piece: type(s)(piece, s.whole, s.dim, s.axes), held, pieces, is_leaf=is_stored)
-            return device_loss(Unshard(dtype)(held), x)
+            return device_loss(Unshard(dtype, by_copies)(held), x)
 
         pieces = jax.tree.map(lambda s: s.piece, hold(params, params_at, grads_at), is_leaf=is_stored)
         return jax.grad(loss)(pieces)
@@ -196,21 +196,26 @@ def device_loss(used: Any, x: jax.Array) -> jax.Array:
 X = np.random.default_rng(1).normal(size=(8,)).astype(np.float32)
 
 
+BY_COPIES = pytest.mark.parametrize("by_copies", [False, True], ids=["gather", "copies"])
+
+
+@BY_COPIES
 @pytest.mark.parametrize("stage", [0, 2, 3])
 @pytest.mark.parametrize(("data", "seq"), MESHES)
-def test_unshard_sums_gradients_as_one_device_would(data, seq, stage):
+def test_unshard_sums_gradients_as_one_device_would(data, seq, stage, by_copies):
     """A mean in place of the sum, or pieces joined along the wrong dim, break it."""
-    summed = through_unshard(make_mesh(data=data, seq=seq), stage, "float32", device_loss)
+    summed = through_unshard(make_mesh(data=data, seq=seq), stage, "float32", device_loss, by_copies=by_copies)
     grads = by_name(compiled(summed, small(), X)(small(), X))
     expected = by_name(jax.jit(jax.grad(lambda p: sum(device_loss(p, x[None]) for x in X)))(small()))
     for name, g in grads.items():
         assert relative_error(g, expected[name]) < 1e-5, name
 
 
+@BY_COPIES
 @pytest.mark.parametrize("stage", [0, 2, 3])
-def test_gradients_of_bfloat16_weights_are_summed_in_float32(stage):
+def test_gradients_of_bfloat16_weights_are_summed_in_float32(stage, by_copies):
     """Summing before the cast breaks it: the sum of eight bfloat16 numbers would keep 8 bits."""
-    summed = through_unshard(MESH, stage, "bfloat16", lambda used, x: device_loss(used, x))
+    summed = through_unshard(MESH, stage, "bfloat16", lambda used, x: device_loss(used, x), by_copies=by_copies)
 
     def used(params):
         return jax.tree_util.tree_map_with_path(
@@ -242,3 +247,18 @@ def test_weights_are_gathered_in_bfloat16_and_gradients_scattered_in_float32(sta
     gathered = [x for x in crossings["all_gather"] if jnp.issubdtype(x.dtype, jnp.floating)]
     assert {x.dtype for x in gathered if x.ndim >= 2} == ({jnp.dtype("bfloat16")} if stage == 3 else set())
     assert {x.dtype for x in gathered if x.ndim < 2} == ({jnp.dtype("float32")} if stage == 3 else set())
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_copies_carry_weights_and_their_gradients_in_bfloat16(stage, monkeypatch):
+    """As the products take and give them; the cast to float32 before the crossing doubles the bytes and breaks it."""
+    monkeypatch.setattr(train, "exchanges_by_copies", lambda mesh: True)
+    config = tiny(2, 4, zero_stage=stage, model={"dtype": "bfloat16"})
+    p = train.build(config, make_mesh(data=2, seq=4))
+    traced = equations(jax.make_jaxpr(p.step)(p.abstract, train.batch_shapes(config, p.mesh)).jaxpr)
+    found = [e for e in traced if e.primitive.name in ("all_to_all", "all_gather", "reduce_scatter")]
+    own = [e for e in found if "zero" in str(e.source_info.name_stack)]
+    assert {e.primitive.name for e in own} == {"all_to_all"}
+    assert {e.invars[0].aval.dtype for e in own if e.invars[0].aval.ndim >= 3} == {jnp.dtype("bfloat16")}
+    others = [e.invars[0].aval for e in found if e not in own and e.primitive.name != "all_to_all"]
+    assert not [x for x in others if jnp.issubdtype(x.dtype, jnp.floating)]

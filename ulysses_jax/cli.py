@@ -227,7 +227,7 @@ def verify(name: str, arguments: Sequence[str], console: Console) -> int:
 
     verdict = compare(config, make_mesh(**dataclasses.asdict(config.mesh)))
     worst = max(verdict.errors, key=lambda name: verdict.errors[name])
-    sent = sum(x.times * x.bytes for x in verdict.crossings if x.kind == "all-to-all")
+    sent = sum(x.times * x.bytes for x in verdict.crossings if x.is_exchange)
     rows = {
         "mesh": f"{_axes(config.mesh)} = {config.mesh.size} devices, ZeRO-{config.zero_stage}",
         "loss, one device": f"{verdict.loss[0]:.7f}",

@@ -331,7 +331,10 @@ def _streamed(config: TrainConfig) -> int:
 
 
 def wire_bytes(config: TrainConfig) -> dict[str, float]:
-    """Bytes that leave a device in a step: "exchange" for heads and back, "weights" gathered, "gradients" scattered."""
+    """Bytes that leave a device in a step: "exchange" for heads and back, "weights" gathered, "gradients" scattered.
+
+    Gradients in float32, as NCCL adds them up; by copies (`zero.Unshard`) they cross in the compute type.
+    """
     model, memory, mesh, n = config.model, config.memory, config.mesh, config.mesh.size
     size, P = _itemsize(model), config.mesh.seq
     forward = exchange_elements(
@@ -349,10 +352,12 @@ def wire_bytes(config: TrainConfig) -> dict[str, float]:
 
 
 def step_seconds(config: TrainConfig, gpu: Gpu) -> dict[str, float]:
-    """What a step is predicted to take, in s a device: "matrices", "attention", "memory" (all that is no product), "optimizer"
-    (with its host traffic), "stream" (parameters to the layers and gradients from them, not hidden: XLA starts many of these
-    copies where they are needed), and beside them "wire" and "host" (activations), which travel while others compute; "step" is
-    what is longest, forward and backward. Heads are counted as they are dealt: one that is computed twice takes time twice.
+    """What a step is predicted to take, in s a device, by part; "step" is the whole.
+
+    "matrices", "attention", "memory" (all that is no product) and "optimizer" (with its host traffic) come one after the other;
+    so does "stream" (parameters to the layers and gradients from them: XLA starts many of these copies where they are needed).
+    "wire" and "host" (activations) travel while others compute, in forward and in backward; but those of a fraction of layers
+    do not, which XLA also fetches late. Heads are counted as they are dealt: one that is computed twice takes time twice.
     """
     model, memory, n, size = config.model, config.memory, config.mesh.size, _itemsize(config.model)
     sizes = {"batch_size": config.data.batch_size, "seq_len": config.data.seq_len}
@@ -380,7 +385,8 @@ def step_seconds(config: TrainConfig, gpu: Gpu) -> dict[str, float]:
     compute = sum(parts.values()) - update
     forward = step_flops(work, **sizes, pairs=0) / 3 / n / gpu.gemm_flops + kernel / n / gpu.attention_flops
     forward += parts["memory"] / 4
-    step = max(max(forward, sent) + max(compute - forward, sent), wire) + update + 3 * layers
+    hidden = max(forward, sent) + max(compute - forward, sent)
+    step = max(hidden if len(group) == 1 else compute + 2 * sent, wire) + update + 3 * layers
     return parts | {"stream": 3 * layers, "wire": wire, "host": 2 * sent, "step": step}
 
 

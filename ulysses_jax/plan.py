@@ -31,6 +31,7 @@ from ulysses_jax.config import DataConfig, MemoryConfig, MeshConfig, ModelConfig
 from ulysses_jax.memory import HOST
 from ulysses_jax.mesh import DATA, RING, SEQ
 from ulysses_jax.train import LAYERS, Program, batch_shapes, build
+from ulysses_jax.zero import SCOPE
 
 __all__ = ["Crossing", "Plan", "absent_mesh", "certify", "compile_for", "ledger", "longest_plan", "make_plan"]
 
@@ -58,6 +59,11 @@ class Crossing:
     """runs a step"""
     source: str
     """jax's name for the operation"""
+
+    @property
+    def is_exchange(self) -> bool:
+        """Whether it carries heads, where ZeRO's all-to-alls carry parameters and their gradients."""
+        return self.kind == "all-to-all" and SCOPE not in re.split(r"[/()]", self.source)
 
     @property
     def bytes(self) -> int:

@@ -7,6 +7,7 @@ optimizer's update is elementwise and runs outside, on arrays that named shardin
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import time
@@ -39,6 +40,7 @@ from ulysses_jax.zero import Stored, Unshard, hold, zero_shardings
 
 __all__ = ["Program", "batch_shapes", "build", "compiler_options", "load_run", "make_optimizer", "run"]
 
+GPUS = ("gpu", "cuda")  # platforms' names of NVIDIA's
 LAYERS = "layers"
 WAY_OUT = "the last save is kept. Try a lower optimizer.learning_rate, in another --out."
 
@@ -77,12 +79,13 @@ def build(config: TrainConfig, mesh: Mesh) -> Program:
 
     ring = RING if RING in mesh.shape else None
     attention = ShardAttention(implementation=config.implementation, ring_axis=ring, balanced=config.balanced)
-    graph = nnx.split(nnx.eval_shape(lambda: _create(config, attention)))[0]
+    create = functools.partial(_create, config, attention, Unshard(config.model.dtype, by_copies=exchanges_by_copies(mesh)))
+    graph = nnx.split(nnx.eval_shape(create))[0]
     optimizer, schedule = make_optimizer(config.optimizer, config.steps)
     on_host = config.memory.offload_optimizer
 
     def init() -> State:
-        params = nnx.to_pure_dict(nnx.split(_create(config, attention))[1])
+        params = nnx.to_pure_dict(nnx.split(create())[1])
         return {"params": params, "opt_state": optimizer.init(params), "step": jnp.zeros((), jnp.int32)}
 
     shapes = jax.eval_shape(init)
@@ -132,14 +135,9 @@ def build(config: TrainConfig, mesh: Mesh) -> Program:
     )
 
 
-def _create(config: TrainConfig, attention: Callable) -> Transformer:
-    return Transformer(
-        config.model,
-        attention=attention,
-        unshard=Unshard(config.model.dtype),
-        memory=config.memory,
-        rngs=nnx.Rngs(config.seed),
-    )
+def _create(config: TrainConfig, attention: Callable, unshard: Unshard) -> Transformer:
+    rngs = nnx.Rngs(config.seed)
+    return Transformer(config.model, attention=attention, unshard=unshard, memory=config.memory, rngs=rngs)
 
 
 def _update(config: TrainConfig, grads: Tree, opt_state: Tree, params: Tree) -> tuple[Tree, Tree]:
@@ -184,17 +182,22 @@ def compiler_options(memory: MemoryConfig, mesh: Mesh) -> dict[str, bool | int |
     percentage of what jax preallocates, less the state; it counts buffers in the host's memory as the device's, so that with
     them it has to be beyond both.
 
-    Within one process GPUs exchange by their copy engines, which no kernel waits for and which wait for none; NCCL's kernels
-    take multiprocessors from attention's. XLA can do so for devices of one process only.
+    Where GPUs can exchange by copies (`exchanges_by_copies`), they do.
     """
-    devices = list(mesh.devices.flat)
-    if devices[0].platform not in ("gpu", "cuda"):
+    if mesh.devices.flat[0].platform not in GPUS:
         return None
     limit = 400 if memory.offload_layers or memory.offload_optimizer else 100
     options = {"xla_disable_hlo_passes": "rematerialization", "xla_gpu_memory_limit_slop_factor": limit}
-    if len({device.process_index for device in devices}) == 1:
-        options["xla_gpu_use_memcpy_local_p2p"] = True
-    return options
+    return options | ({"xla_gpu_use_memcpy_local_p2p": True} if exchanges_by_copies(mesh) else {})
+
+
+def exchanges_by_copies(mesh: Mesh) -> bool:
+    """Whether copy engines do the mesh's all-to-alls: XLA has them for GPUs of one process.
+
+    No kernel waits for them and they wait for none; NCCL's kernels take multiprocessors from attention's.
+    """
+    devices = list(mesh.devices.flat)
+    return devices[0].platform in GPUS and len({device.process_index for device in devices}) == 1
 
 
 def _places(at: State, shapes: State, memory: MemoryConfig) -> State:

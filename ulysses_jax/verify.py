@@ -117,7 +117,7 @@ def _faults(program: Program, losses, errors: dict[str, float], crossings: list[
     if not abs(losses[1] - losses[0]) <= tolerance * abs(losses[0]):
         faults.append(f"the loss is {losses[1]:.7g}, one device's {losses[0]:.7g}")
     faults += [f"the gradient of {name} is off by {error:.1e}" for name, error in errors.items() if not error <= tolerance]
-    exchanged, expected = sum(x.times * x.bytes for x in crossings if x.kind == "all-to-all"), expected_exchange(config)
+    exchanged, expected = sum(x.times * x.bytes for x in crossings if x.is_exchange), expected_exchange(config)
     if mesh.devices.flat[0].platform == "cpu" and config.model.dtype == "bfloat16":
         expected *= 2  # XLA computes bfloat16 in float32 there
     if exchanged != expected:

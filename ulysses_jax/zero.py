@@ -11,6 +11,11 @@ communication to XLA. Left to itself, XLA gathers activations where it should ga
 when: inside its `shard_map` each parameter is `Stored`, and the model turns one layer at a time into what it computes with by
 `unshard`. Its forward casts to the compute type and then gathers; its backward sums gradients over the devices in float32 and,
 from stage 2 on, leaves each device its own piece (reduce-scatter).
+
+Either crossing can be an all-to-all instead (`Unshard.by_copies`): of copies of a piece, or of a gradient's parts, which each
+device then adds up itself, in float32 as well, so that they cross as they are, half as many bytes in bfloat16. GPUs of one
+process do it with their copy engines, where NCCL's kernels would take multiprocessors from the products beside them and wait
+for those of an attention kernel.
 """
 
 import dataclasses
@@ -22,7 +27,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-__all__ = ["Stored", "Unshard", "hold", "undivided", "zero_shardings"]
+__all__ = ["SCOPE", "Stored", "Unshard", "hold", "undivided", "zero_shardings"]
+
+SCOPE = "zero"
+"""in the names of ZeRO's own all-to-alls"""
 
 type Tree = Any
 
@@ -132,6 +140,8 @@ class Unshard:
     """The model's `unshard`: a tree of `Stored` → whole arrays, matrices in `dtype`, vectors (norms, biases) as they are."""
 
     dtype: str
+    by_copies: bool = False
+    """gather and scatter by all-to-alls, for devices that copy engines connect (`train.compiler_options`)"""
 
     def __call__(self, stored: Tree) -> Tree:
         return jax.tree.map(self._one, stored, is_leaf=lambda x: isinstance(x, Stored))
@@ -143,34 +153,47 @@ class Unshard:
         if x.dim is None:  # differentiating the pcast sums the gradient over the devices, before any cast
             return lax.pcast(piece, x.axes, to="varying").astype(dtype)
         if x.whole is None:
-            return _gather(piece, dtype, x.dim, x.axes)
-        return _keep(piece, lax.pcast(x.whole, x.axes, to="varying"), dtype, x.dim, x.axes)
+            return _gather(piece, dtype, x.dim, x.axes, self.by_copies)
+        return _keep(piece, lax.pcast(x.whole, x.axes, to="varying"), dtype, x.dim, x.axes, self.by_copies)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _gather(piece: Array, dtype, dim: int, axes: tuple[str, ...]) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+def _gather(piece: Array, dtype, dim: int, axes: tuple[str, ...], by_copies: bool) -> Array:
     """Cast and gather; backward: the reduce-scatter of the gradient, in the piece's float32."""
-    return lax.all_gather(piece.astype(dtype), axes, axis=dim % piece.ndim, tiled=True)
+    piece, dim = piece.astype(dtype), dim % piece.ndim
+    if not by_copies:
+        return lax.all_gather(piece, axes, axis=dim, tiled=True)
+    pieces = _exchange(jnp.broadcast_to(piece, (lax.axis_size(axes), *piece.shape)), axes)
+    return jnp.moveaxis(pieces, 0, dim).reshape(*piece.shape[:dim], -1, *piece.shape[dim + 1 :])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _keep(piece: Array, whole: Array, dtype, dim: int, axes: tuple[str, ...]) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+def _keep(piece: Array, whole: Array, dtype, dim: int, axes: tuple[str, ...], by_copies: bool) -> Array:
     """The whole parameter that is already here; backward: as for `_gather`."""
     return whole.astype(dtype)
 
 
-def _scatter(gradient: Array, dim: int, axes: tuple[str, ...]) -> Array:
-    gradient = gradient.astype(jnp.float32)
-    return lax.psum_scatter(gradient, axes, scatter_dimension=dim % gradient.ndim, tiled=True)
+def _scatter(gradient: Array, dim: int, axes: tuple[str, ...], by_copies: bool) -> Array:
+    dim %= gradient.ndim
+    if not by_copies:
+        return lax.psum_scatter(gradient.astype(jnp.float32), axes, scatter_dimension=dim, tiled=True)
+    parts = gradient.reshape(*gradient.shape[:dim], lax.axis_size(axes), -1, *gradient.shape[dim + 1 :])
+    return _exchange(jnp.moveaxis(parts, dim, 0), axes).astype(jnp.float32).sum(0)
+
+
+def _exchange(parts: Array, axes: tuple[str, ...]) -> Array:
+    """[n, …], one for each device → [n, …], one from each; the ledger knows it by its name from the exchange of heads."""
+    with jax.named_scope(SCOPE):
+        return lax.all_to_all(parts, axes, split_axis=0, concat_axis=0, tiled=True)
 
 
 _gather.defvjp(
-    lambda piece, dtype, dim, axes: (_gather(piece, dtype, dim, axes), None),
-    lambda dtype, dim, axes, _, gradient: (_scatter(gradient, dim, axes),),
+    lambda piece, dtype, dim, axes, by_copies: (_gather(piece, dtype, dim, axes, by_copies), None),
+    lambda dtype, dim, axes, by_copies, _, gradient: (_scatter(gradient, dim, axes, by_copies),),
 )
 _keep.defvjp(
-    lambda piece, whole, dtype, dim, axes: (_keep(piece, whole, dtype, dim, axes), None),
-    lambda dtype, dim, axes, _, gradient: (_scatter(gradient, dim, axes), None),
+    lambda piece, whole, dtype, dim, axes, by_copies: (_keep(piece, whole, dtype, dim, axes, by_copies), None),
+    lambda dtype, dim, axes, by_copies, _, gradient: (_scatter(gradient, dim, axes, by_copies), None),
 )
 
 
