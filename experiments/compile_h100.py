@@ -53,8 +53,9 @@ def compile_step(recipe: str, *, data: int, seq: int, implementation: str, batch
     case = f"{recipe} data={data} seq={seq} {implementation} {config.memory.save}"
     runs, sent = Counter(), Counter()
     for crossing in crossings:
-        runs[f"{crossing.kind} over {' × '.join(crossing.axes)}"] += crossing.times
-        sent[crossing.kind] += crossing.times * crossing.bytes
+        kind = "ZeRO's all-to-all" if crossing.kind == "all-to-all" and not crossing.is_exchange else crossing.kind
+        runs[f"{kind} over {' × '.join(crossing.axes)}"] += crossing.times
+        sent[kind] += crossing.times * crossing.bytes
     rows = [record.row(case, f"runs of {name}", "1 a step", count) for name, count in sorted(runs.items())]
     rows += [record.row(case, f"operands of {kind}", "bytes a device and step", count) for kind, count in sorted(sent.items())]
     beside = beside_the_forward_kernel(text)
