@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -197,6 +198,15 @@ def test_nothing_saved_is_nothing_restored(tmp_path):
     with Checkpoints(tmp_path / "new", keep=1) as checkpoints:
         assert checkpoints.restore(LIKE) is None
         assert checkpoints.latest is None
+
+
+def test_the_folder_is_made_where_the_others_wait_for_it(tmp_path, monkeypatch):
+    """By Orbax, in one process: making it in each lets the second of them occupy a run's folder before the first claims it."""
+    seen, manager = [], ocp.CheckpointManager
+    monkeypatch.setattr(ocp, "CheckpointManager", lambda path, **how: seen.append(path.exists()) or manager(path, **how))
+    with Checkpoints(tmp_path / "run" / "checkpoints", keep=1):
+        assert (tmp_path / "run" / "checkpoints").is_dir()
+    assert seen == [False]
 
 
 def test_the_newest_are_kept(tmp_path):

@@ -41,7 +41,7 @@ class Checkpoints:
             raise ValueError(f"keep is {keep}; it must be at least 1, or no save is left to go on from.")
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"checkpoint folder {self.folder} is a file; name a folder, or move the file away.")
-        self.folder.mkdir(parents=True, exist_ok=True)
+        # Orbax makes the folder in one process, for which the others wait: one that came first would occupy a run's new folder.
         self._options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager(self.folder, options=self._options)
         self._signer, self._signing = ThreadPoolExecutor(1, "checkpoint"), Future()
