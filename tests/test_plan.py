@@ -115,13 +115,16 @@ def test_only_copies_of_all_layers_are_hidden():
     """Half of the layers' products on the host took 0.35 s more than none; hiding them would make the plan choose them."""
     plan = make_plan(recipes.llama_7b(), H100, 2, 65536, host_limit=0)
     assert plan is not None
+
+    def seconds(memory: MemoryConfig) -> dict[str, float]:
+        return costs.step_seconds(dataclasses.replace(plan.config, memory=memory), H100)
+
     half = MemoryConfig(save="attention", save_layers=0.5, save_others="products", offload_layers=0.5)
-    found = costs.step_seconds(dataclasses.replace(plan.config, memory=half), H100)
-    beside = costs.step_seconds(dataclasses.replace(plan.config, memory=dataclasses.replace(half, offload_layers=0.0)), H100)
+    found, beside = seconds(half), seconds(dataclasses.replace(half, offload_layers=0.0))
     assert found["step"] == pytest.approx(beside["step"] + found["host"])
-    every = costs.step_seconds(dataclasses.replace(plan.config, memory=MemoryConfig(offload_layers=1.0)), H100)
+    every = seconds(MemoryConfig(offload_layers=1.0))
     assert every["host"] > 0
-    assert every["step"] == costs.step_seconds(dataclasses.replace(plan.config, memory=MemoryConfig()), H100)["step"]
+    assert every["step"] == seconds(MemoryConfig())["step"]
 
 
 def test_the_command_line_prints_one_json_object(capsys):

@@ -127,10 +127,9 @@ class Checkpoints:
         _log.warning("checkpoint %d is damaged (%s); using the one before it", step, problem)
         self._manager.close()
         if jax.process_index() == 0:
-            names = (
-                f"{ASIDE}{step}" + (f"-{n}" if n > 1 else "") for n in itertools.count(1)
-            )  # it may come to be damaged again
-            free = next(path for path in map(self.folder.joinpath, names) if not path.exists())
+            again = (f"{ASIDE}{step}-{n}" for n in itertools.count(2))  # it may come to be damaged again
+            names = itertools.chain([f"{ASIDE}{step}"], again)
+            free = next(path for name in names if not (path := self.folder / name).exists())
             (self.folder / str(step)).rename(free)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("checkpoint set aside")
