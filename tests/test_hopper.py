@@ -111,7 +111,7 @@ def test_a_last_round_cut_in_parts_equals_the_oracle(N, K, short, monkeypatch):
 @pytest.fixture
 def two_multiprocessors(monkeypatch):
     """In place of 132, so that each block of a small case works off several tiles; gives the orders that are met."""
-    schedules, met, inner = (schedule.in_order, schedule.dealt, schedule.handfuls), [], hopper._order_of_queries
+    schedules, met, inner = (schedule.in_order, schedule.dealt), [], hopper._order_of_queries
 
     def order_of_queries(*arguments):
         met.append(inner(*arguments))
@@ -263,7 +263,7 @@ def test_items_are_the_tiles_of_each_head_of_each_sequence_with_their_steps(name
     ids = None if case.segments is None else jnp.asarray(documents)
     options: dict[str, Any] = case.mask_options() | {"segment_ids": ids}
     mask, tiles = make_mask(case.T, **options), -(-case.T // tile)
-    order = schedule.handfuls(case.B * case.N, tiles, 1 << 20)._replace(known=known)
+    order = schedule.dealt(case.B * case.N, tiles, 1 << 20, schedule.guessed(tiles), known=known)
     lists = hopper._key_lists(mask, tile, step)
     walk = hopper._Walk.of(mask.live_keys(), tile, step, order, case.N, lists)
     items, codes = np.asarray(walk.items), np.asarray(walk.lists)

@@ -6,8 +6,8 @@ lists of tiles: tiles outside a row's live range are never visited, tiles inside
 between each row hides what lies outside its own range [first, end).
 
     forward   a block works off tiles of 2 × 64 queries of a head and walks each one's key tiles from right to left, so that
-              of a causal mask only the first is masked. The product with V of one tile runs under the softmax of the next, and
-              the queries of the next tile come while this one's are in use.
+              of a causal mask only the first is masked. The product with V of one tile runs under the softmax of the next, be
+              it of the same queries or of the next ones, which come while these are in use.
     backward  a block owns 2 × 64 keys of one KV head and walks the query tiles of the heads that read it, all or, where tiles
               are few, a part of them, whose shares are added up afterwards. S and dP are computed transposed, dK and dV stay
               in registers, and dQ is added up in float32 by TMA: five products a tile. The order of those additions varies;
@@ -40,7 +40,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from ulysses_jax.attention import schedule
 from ulysses_jax.attention.blocked import varying_like
 from ulysses_jax.attention.masks import Mask, make_mask, tile_ranges
-from ulysses_jax.attention.schedule import Order, dealt, handfuls, in_order, last_round, parts_of_group
+from ulysses_jax.attention.schedule import Order, dealt, guessed, in_order, last_round, parts_of_group
 
 __all__ = ["HEAD_DIMS", "Tiling", "hopper_attention", "hopper_attention_backward", "hopper_lacks"]
 
@@ -313,8 +313,8 @@ def _order_of_queries(mask: Mask, heads: int, tiles: int, key_bytes: int, rows: 
     """How the forward's blocks share out the tiles of queries but the last `left`; `key_bytes` are of a head's K and V."""
     weights = _steps_known(mask, rows, step, lists)
     if weights is None:
-        if heads * tiles >= 8 * schedule.multiprocessors():
-            return handfuls(heads, tiles, key_bytes)
+        if heads * tiles >= 4 * schedule.multiprocessors():
+            return dealt(heads, tiles, key_bytes, guessed(tiles), known=False)
         return Order(in_order(heads, tiles, key_bytes, heaviest_last=True).reshape(-1, 1), known=False)
     return dealt(heads, tiles, key_bytes, weights, left)
 
@@ -502,10 +502,10 @@ def _forward_tiles(options: _Options, q: Array, k: Array, v: Array, mask: Mask, 
             return soften(x, top_of_none, total_of_none, opening(n))[:3]
 
         def attend(n, carry, count):
-            """Item n, from what is known of its first tile to its output; beside its last product the next item begins.
+            """Item n from after its first softmax to its output; beside its last product the next item begins.
 
-            Beside that of the last item its own first tile once more: a way around it would take a second loop over steps, and
-            with two of them ptxas runs every product to its end before the next.
+            Beside that of the last item its own first tile does once more, for nothing: a way around it is a second loop over
+            steps, and with two of them ptxas runs every product to its end before the next.
             """
             done, p, top, total = carry
             tile, steps, mine, ranges = item(n)
@@ -600,7 +600,11 @@ def _forward_tiles(options: _Options, q: Array, k: Array, v: Array, mask: Mask, 
 
             done, again = _each_item(items, fill_item, i32(0)), 0
             if q_slots > 1:  # what the last item's end begins: its keys count for nothing
-                tile, slot, again = _Tile(items.at[lax.axis_index("block"), _count(items) - 1], lists), lax.rem(done, i32(stages)), 1
+                tile, slot, again = (
+                    _Tile(items.at[lax.axis_index("block"), _count(items) - 1], lists),
+                    lax.rem(done, i32(stages)),
+                    1,
+                )
                 pl.when(done >= stages)(lambda: plgpu.barrier_wait(k_free.at[slot]))
                 source = (tile.batch, pl.ds(0, block), lax.div(tile.head, i32(group)))
                 plgpu.copy_gmem_to_smem(k_ref.at[source], k_smem.at[slot], k_here.at[slot])
