@@ -330,7 +330,7 @@ COMMANDS = [
     Row("damaged summary.json", TINY, ("run/summary.json cannot be read", "Remove"), claimed_then("run/summary.json", "{")),
     Row("empty summary.json", TINY, ("run/summary.json cannot be read", "Remove"), claimed_then("run/summary.json", "{}")),
     Row("changed corpus", TINY, ("other files", "data.source 'corpus'", "Restore the files"), grown),
-    Row("every checkpoint damaged", TINY, ("every checkpoint", "steps 2", "damaged-STEP", "backup"), broken_checkpoints),
+    Row("every checkpoint damaged", TINY, ("every checkpoint", "(damaged-2)", "backup"), broken_checkpoints),
     Row(
         "a tracker that is not installed",
         f"{TINY} --wandb project",

@@ -186,12 +186,21 @@ def test_all_damaged_is_an_error_that_names_them(tmp_path):
     save(tmp_path, 1, 2)
     for step in ("1", "2"):
         flip(largest(tmp_path / step))
-    with (
-        Checkpoints(tmp_path, keep=3) as checkpoints,
-        pytest.raises(ValueError, match=r"every checkpoint in .* is damaged \(steps 2, 1\); they were renamed"),
-    ):
-        checkpoints.restore(LIKE)
-    assert folders(tmp_path) == {"damaged-1", "damaged-2"}
+    for _ in range(2):  # the second call finds no step: None would begin the run anew, over its own log
+        with (
+            Checkpoints(tmp_path, keep=3) as checkpoints,
+            pytest.raises(ValueError, match=r"every checkpoint in .* is damaged; they were renamed \(damaged-1, damaged-2\)"),
+        ):
+            checkpoints.restore(LIKE)
+        assert folders(tmp_path) == {"damaged-1", "damaged-2"}
+
+
+def test_a_step_damaged_twice_is_set_aside_twice(tmp_path):
+    for _ in range(2):
+        save(tmp_path, 1, 2)
+        flip(largest(tmp_path / "2"))
+        assert restored_step(tmp_path) == 1
+    assert folders(tmp_path) == {"1", "damaged-2", "damaged-2-2"}
 
 
 def test_nothing_saved_is_nothing_restored(tmp_path):

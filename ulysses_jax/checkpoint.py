@@ -5,6 +5,7 @@ bit in array data, so each save gets a manifest with the CRC-32 of every file as
 matches is moved aside, named, and the one before it used.
 """
 
+import itertools
 import json
 import logging
 import zlib
@@ -19,6 +20,7 @@ from jax.experimental import multihost_utils
 __all__ = ["Checkpoints", "damage"]
 
 MANIFEST = "manifest.json"
+ASIDE = "damaged-"
 _log = logging.getLogger(__name__)
 
 type Tree = Any
@@ -85,7 +87,7 @@ class Checkpoints:
           (step, state), or None where nothing was ever saved.
 
         Raises:
-          ValueError: saves are there, but all are damaged; they stay in the folder under damaged names.
+          ValueError: saves are or were there, but all are damaged; they stay in the folder under damaged names.
         """
         self.wait()
         steps = sorted(self._manager.all_steps(), reverse=True)
@@ -104,10 +106,12 @@ class Checkpoints:
                         raise
                     problem = f"it was never signed, and cannot be read: {str(error).splitlines()[0]:.200}"
             self._set_aside(step, problem)
-        if steps:
+        # Set aside now or by a call before: to begin anew in this folder would write over what the run has logged.
+        aside = self._agree(", ".join(sorted(path.name for path in self.folder.glob(f"{ASIDE}*"))) or None)
+        if aside is not None:
             raise ValueError(
-                f"every checkpoint in {self.folder} is damaged (steps {', '.join(map(str, steps))}); they were renamed to "
-                "damaged-STEP. Restore one from a backup, or start again with another --out."
+                f"every checkpoint in {self.folder} is damaged; they were renamed ({aside}). Restore one from a backup "
+                "under its step's name, or start again with another --out."
             )
         return None
 
@@ -123,7 +127,11 @@ class Checkpoints:
         _log.warning("checkpoint %d is damaged (%s); using the one before it", step, problem)
         self._manager.close()
         if jax.process_index() == 0:
-            (self.folder / str(step)).rename(self.folder / f"damaged-{step}")
+            names = (
+                f"{ASIDE}{step}" + (f"-{n}" if n > 1 else "") for n in itertools.count(1)
+            )  # it may come to be damaged again
+            free = next(path for path in map(self.folder.joinpath, names) if not path.exists())
+            (self.folder / str(step)).rename(free)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("checkpoint set aside")
         self._manager = ocp.CheckpointManager(self.folder, options=self._options)
