@@ -38,6 +38,7 @@ INTERPRETED = {
     "parts_of_a_group": (Case(B=1, T=140, N=8, K=2, H=64, block=128, layouts=8), False),
     "halves": (Case(B=1, T=130, N=1, H=128, is_causal=True), False),
     "deterministic": (Case(B=1, T=130, S=200, N=2, K=1, H=128, is_causal=True), True),
+    "heads_of_40": (Case(B=1, T=130, N=2, K=1, H=40, is_causal=True), False),
     "heads_of_256": (Case(B=1, T=70, N=1, H=256, is_causal=True), False),
 }
 

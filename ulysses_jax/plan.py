@@ -234,17 +234,20 @@ def make_plan(model: ModelConfig, gpu: costs.Gpu, devices: int, length: int, *, 
 
     All devices are along the sequence, of which a step takes one.
     """
-    plans = []
+    plans, kernel = [], _kernel(gpu, model)
     for memory in policies(model.num_layers):
         data = DataConfig(seq_len=length, batch_size=1, mask_documents=False)
-        config = TrainConfig(model=model, mesh=MeshConfig(seq=devices), data=data, memory=memory, implementation=_kernel(gpu))
+        config = TrainConfig(model=model, mesh=MeshConfig(seq=devices), data=data, memory=memory, implementation=kernel)
         plan = Plan(gpu=gpu, config=config, host_limit=host_limit)
         if plan.fits:
             plans.append(plan)
     return min(plans, key=lambda p: (p.seconds["step"], sum(p.host.values()), sum(p.device.values())), default=None)
 
 
-def _kernel(gpu: costs.Gpu) -> Any:
+def _kernel(gpu: costs.Gpu, model: ModelConfig) -> Any:
+    """The implementation of attention that this GPU has for the model (`attention.resolve` chooses on a GPU)."""
+    if model.dtype != "bfloat16":
+        return "xla"
     return "cudnn" if "A100" in gpu.name else "pallas"
 
 

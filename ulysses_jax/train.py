@@ -343,7 +343,7 @@ def run(config: TrainConfig, out: Path, console: Console | None = None, *, stop:
 
 
 def load_run(out: Path) -> Transformer:
-    """The model of a run's newest save, on one device of this process.
+    """The model of a run's newest save, in the host's memory: a GPU need not have room for all of it.
 
     Raises:
       ValueError: a folder that is no run, or has no undamaged save.
@@ -356,9 +356,13 @@ def load_run(out: Path) -> Transformer:
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(f"{out} is no run of ulysses: {path} cannot be read. Name the --out of a run.") from None
     config = dataclasses.replace(config, mesh=MeshConfig(), memory=MemoryConfig(), implementation=None)
-    program = build(config, make_mesh(devices=jax.local_devices()[:1]))
+    try:
+        here = jax.local_devices(backend="cpu")
+    except RuntimeError:  # JAX_PLATFORMS leaves it out
+        here = jax.local_devices()
+    params = build(config, make_mesh(devices=here[:1])).abstract["params"]
     with Checkpoints(out / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
-        if (found := checkpoints.restore(program.abstract)) is None:
+        if (found := checkpoints.restore({"params": params}, part=True)) is None:
             raise ValueError(f"{out} has no save yet; it has one after {config.checkpoint.every} steps.")
     graph = nnx.split(nnx.eval_shape(lambda: Transformer(config.model, rngs=nnx.Rngs(0))))[0]
     return nnx.merge(graph, found[1]["params"])

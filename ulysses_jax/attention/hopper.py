@@ -25,7 +25,7 @@ Overlap of the two products and the softmax follows FlashAttention-3 (arXiv 2407
 import contextlib
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -99,8 +99,8 @@ def hopper_lacks(q: Array, mask: Mask, scale: float) -> str | None:
     """What these kernels cannot do here, in words, or None."""
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"dtype {q.dtype} (only bfloat16 and float16)"
-    if q.shape[-1] not in HEAD_DIMS:
-        return f"head size {q.shape[-1]} (only {', '.join(map(str, HEAD_DIMS))})"
+    if q.shape[-1] > max(HEAD_DIMS):
+        return f"head size {q.shape[-1]} (only up to {max(HEAD_DIMS)})"
     if scale <= 0:
         return f"scale {scale} (it must be > 0)"
     if mask.blocks is not None and mask.blocks.block % (2 * WARPGROUP_ROWS):
@@ -121,19 +121,18 @@ def hopper_attention(
 ) -> tuple[Array, Array]:
     """softmax(cap(q kᵀ · scale)) v, and the log-sum-exp of the logits; both differentiable.
 
-    q [B, T, N, H], k and v [B, S, K, H] in bfloat16 or float16, H of `HEAD_DIMS`, any lengths → out [B, T, N, H], lse
-    [B, N, T] in float32, natural log. A row that sees no key is zero, its lse −inf. Segment ids must be contiguous: every
-    id one run of tokens; if they are not, out is NaN.
+    q [B, T, N, H], k and v [B, S, K, H] in bfloat16 or float16, any lengths → out [B, T, N, H], lse [B, N, T] in float32,
+    natural log. Heads between the sizes of `HEAD_DIMS` are padded with zeros to the next. A row that sees no key is zero, its
+    lse −inf. Segment ids must be contiguous: every id one run of tokens; if they are not, out is NaN.
 
     Args:
       deterministic: add up dQ in a fixed order, so that the backward is bit-equal every time.
       interpret: run on the CPU by Mosaic's interpreter (`plgpu.InterpretGPUParams`); for tests.
     """
     options = _Options(scale, logits_soft_cap, deterministic, interpret)
-    T = q.shape[1]
-    q, k, v = (_pad(x, 1, 8) for x in (q, k, v))  # TMA wants lengths in eights
-    out, lse = cast(tuple[Array, Array], _attention(options, q, k, v, mask))
-    return out[:, :T], lse[:, :, :T]
+    T, H = q.shape[1], q.shape[3]
+    out, lse = cast(tuple[Array, Array], _attention(options, *_whole(q, k, v), mask))
+    return out[:, :T, :, :H], lse[:, :, :T]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -164,11 +163,17 @@ def hopper_attention_backward(
     interpret: Any = False,
 ) -> tuple[Array, Array, Array]:
     """The share of these keys in (dQ, dK, dV), where `out` and `lse` may come from more keys than these."""
-    options, T, S = _Options(scale, logits_soft_cap, deterministic, interpret), q.shape[1], k.shape[1]
-    q, k, v, out, d_out = (_pad(x, 1, 8) for x in (q, k, v, out, d_out))
+    options, (_, T, _, H), S = _Options(scale, logits_soft_cap, deterministic, interpret), q.shape, k.shape[1]
+    q, k, v, out, d_out = _whole(q, k, v, out, d_out)
     lse = _pad(lse, 2, 8, -jnp.inf)
     dq, dk, dv = _backward(options, q, k, v, mask, out, lse, d_out, jnp.zeros_like(lse))
-    return dq[:, :T], dk[:, :S], dv[:, :S]
+    return dq[:, :T, :, :H], dk[:, :S, :, :H], dv[:, :S, :, :H]
+
+
+def _whole(*arrays: Array) -> Iterator[Array]:
+    """[B, T, N, H] padded to lengths in eights, which TMA wants, and to a head size that the kernels have."""
+    size = next(size for size in HEAD_DIMS if size >= arrays[0].shape[3])
+    return (_pad(_pad(x, 1, 8), 3, size) for x in arrays)
 
 
 def _attention_bwd(options: _Options, saved, cotangents):
