@@ -88,7 +88,10 @@ def test_the_examples_of_the_readme_run_as_written(tmp_path):
     how = {"env": environment, "cwd": tmp_path, "capture_output": True, "text": True, "timeout": 300, "check": False}
     ran = subprocess.run([sys.executable, script], **how)
     assert ran.returncode == 0, ran.stderr
-    shapes, error, density = ran.stdout.splitlines()
+    shapes, error, density, *losses = ran.stdout.splitlines()
     assert shapes == "(2, 1024, 8, 64) of which a device holds (1, 256, 8, 64)"
     assert float(error) < 1e-5
     assert re.fullmatch(r"\d+% of the blocks", density)
+    assert len(losses) == 3
+    assert float(losses[2]) < float(losses[0])
+    assert "Involuntary" not in ran.stderr, "XLA gathers activations"
