@@ -284,6 +284,12 @@ COMMANDS = [
         array("t.npy", np.zeros(500)),
     ),
     Row(
+        "an end of document that is nowhere",
+        f"{TINY} --data.source t.npy --data.end-of-document 128001",
+        ("data.end_of_document is 128001", "no file of data.source 't.npy' holds", "leave it out"),
+        array("t.npy", np.zeros(500, np.uint16)),
+    ),
+    Row(
         ".npy of two dims",
         f"{TINY} --data.source t.npy",
         ("uint16[9, 9]", "one dim"),

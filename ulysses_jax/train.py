@@ -38,7 +38,7 @@ from ulysses_jax.runtime import Stop, stopping
 from ulysses_jax.ulysses import ShardAttention
 from ulysses_jax.zero import Stored, Unshard, hold, zero_shardings
 
-__all__ = ["Program", "batch_shapes", "build", "compiler_options", "load_run", "make_optimizer", "run"]
+__all__ = ["Program", "batch_shapes", "build", "compiler_options", "load_run", "make_optimizer", "run", "run_config"]
 
 GPUS = ("gpu", "cuda")  # platforms' names of NVIDIA's
 LAYERS = "layers"
@@ -342,6 +342,19 @@ def run(config: TrainConfig, out: Path, console: Console | None = None, *, stop:
     return summary
 
 
+def run_config(out: Path) -> TrainConfig:
+    """What a run was started with.
+
+    Raises:
+      ValueError: a folder that is no run.
+    """
+    path = out / "config.json"
+    try:
+        return from_dict(json.loads(path.read_text())["config"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"{out} is no run of ulysses: {path} cannot be read. Name the --out of a run.") from None
+
+
 def load_run(out: Path) -> Transformer:
     """The model of a run's newest save, in the host's memory: a GPU need not have room for all of it.
 
@@ -350,12 +363,7 @@ def load_run(out: Path) -> Transformer:
     """
     from ulysses_jax.checkpoint import Checkpoints
 
-    path = out / "config.json"
-    try:
-        config = from_dict(json.loads(path.read_text())["config"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"{out} is no run of ulysses: {path} cannot be read. Name the --out of a run.") from None
-    config = dataclasses.replace(config, mesh=MeshConfig(), memory=MemoryConfig(), implementation=None)
+    config = dataclasses.replace(run_config(out), mesh=MeshConfig(), memory=MemoryConfig(), implementation=None)
     try:
         here = jax.local_devices(backend="cpu")
     except RuntimeError:  # JAX_PLATFORMS leaves it out
