@@ -141,7 +141,8 @@ def _attention(options: _Options, q: Array, k: Array, v: Array, mask: Mask) -> t
 
 
 def _attention_fwd(options: _Options, q: Array, k: Array, v: Array, mask: Mask):
-    q, k, v = (checkpoint_name(x, "attention_in") for x in (q, k, v))
+    # All at once: where they go to the host, a copy that begins with q has XLA wait for q's crossing before k is projected.
+    q, k, v = (checkpoint_name(x, "attention_in") for x in lax.optimization_barrier((q, k, v)))
     # Without the barrier XLA fuses the kernel into the write that saves its output, and runs it again for who uses that output.
     out, lse = lax.optimization_barrier(_forward(options, q, k, v, mask))
     out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
