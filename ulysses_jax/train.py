@@ -33,7 +33,7 @@ from ulysses_jax.loss import token_losses
 from ulysses_jax.memory import HOST, stream_update, to_host
 from ulysses_jax.mesh import DATA, RING, SEQ, make_mesh, token_order, token_spec
 from ulysses_jax.model import Transformer
-from ulysses_jax.report import claim, conclude, describe, draw_losses, read_metrics, read_summary, reporting
+from ulysses_jax.report import alone, claim, conclude, describe, draw_losses, read_metrics, read_summary, reporting
 from ulysses_jax.runtime import Stop, stopping
 from ulysses_jax.ulysses import ShardAttention
 from ulysses_jax.zero import Stored, Unshard, hold, zero_shardings
@@ -320,7 +320,11 @@ def run(config: TrainConfig, out: Path, console: Console | None = None, *, stop:
 
     program = build(config, mesh)
     listening = stopping() if stop is None else contextlib.nullcontext(stop)
-    with Checkpoints(out / "checkpoints", keep=config.checkpoint.keep) as checkpoints, listening as stop:
+    with (
+        alone(out) if speaks else contextlib.nullcontext(),
+        Checkpoints(out / "checkpoints", keep=config.checkpoint.keep) as checkpoints,
+        listening as stop,
+    ):
         first, state = checkpoints.restore(program.abstract) or (0, None)
         if first:
             console.print(f"continuing from step {first}", highlight=False)
