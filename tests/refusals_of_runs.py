@@ -105,6 +105,11 @@ CONFIG = [
         ("memory.offload_layers is 0.5 and memory.save is 'all'", "use 'products'"),
     ),
     Row(
+        "what is read last, of nothing",
+        lambda: memory(save="attention", offload_layers=1.0, offload_late=True),
+        ("memory.offload_late is True", "memory.save 'attention'", "save='projections'", "or leave it out"),
+    ),
+    Row(
         "products of tiles",
         lambda: memory(save="products", mlp_tile=64),
         ("memory.mlp_tile is 64 and memory.save is 'products'", "leave out mlp_tile"),

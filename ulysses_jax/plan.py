@@ -216,8 +216,9 @@ def policies(num_layers: int) -> Iterator[MemoryConfig]:
     ]
     kinds += [{"save": "attention", "save_layers": f} for f in (1, 0.75, 0.5, 0.25)] + [{"save": "inputs"}]
     states = ((False, False), (True, False), (True, True))
+    kinds += [{"save": save, "save_layers": 1, "offload_late": True} for save in ("products", "projections")]
     for kind, sent, tile, (optimizer, params) in itertools.product(kinds, (0, 0.25, 0.5, 0.75, 1), (None, 8192), states):
-        if tile and kind["save"] == "products":
+        if (tile and kind["save"] == "products") or ("offload_late" in kind and not sent):
             continue
         if params and (kind.get("save_layers", 1) != 1 or (sent not in (0, 1) and kind["save"] != "inputs")):
             continue
