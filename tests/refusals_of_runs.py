@@ -105,6 +105,11 @@ CONFIG = [
         ("memory.offload_layers is 0.5 and memory.save is 'all'", "use 'products'"),
     ),
     Row(
+        "what is read last, of nothing",
+        lambda: memory(save="attention", offload_layers=1.0, offload_late=True),
+        ("memory.offload_late is True", "memory.save 'attention'", "save='projections'", "or leave it out"),
+    ),
+    Row(
         "products of tiles",
         lambda: memory(save="products", mlp_tile=64),
         ("memory.mlp_tile is 64 and memory.save is 'products'", "leave out mlp_tile"),
@@ -282,6 +287,12 @@ COMMANDS = [
         f"{TINY} --data.source t.npy",
         ("t.npy holds float64[500]", "uint16 or uint32", "astype(np.uint16)"),
         array("t.npy", np.zeros(500)),
+    ),
+    Row(
+        "an end of document that is nowhere",
+        f"{TINY} --data.source t.npy --data.end-of-document 128001",
+        ("data.end_of_document is 128001", "no file of data.source 't.npy' holds", "leave it out"),
+        array("t.npy", np.zeros(500, np.uint16)),
     ),
     Row(
         ".npy of two dims",

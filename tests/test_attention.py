@@ -244,7 +244,13 @@ def test_cudnn_refuses_odd_lengths():
 @pytest.mark.usefixtures("cudnn_declared")
 @pytest.mark.parametrize(
     ("head_dim", "options", "chosen"),
-    [(128, {}, "pallas"), (64, {}, "cudnn"), (64, {"logits_soft_cap": 30.0}, "pallas"), (96, {"logits_soft_cap": 30.0}, "xla")],
+    [
+        (128, {}, "pallas"),
+        (64, {}, "cudnn"),
+        (64, {"logits_soft_cap": 30.0}, "pallas"),
+        (96, {"logits_soft_cap": 30.0}, "pallas"),
+        (320, {"logits_soft_cap": 30.0}, "xla"),
+    ],
 )
 def test_on_hopper_the_faster_kernel_is_chosen_that_can_do_it(monkeypatch, caplog, head_dim, options, chosen):
     """Choosing "cudnn" whatever it lacks breaks it."""

@@ -203,6 +203,18 @@ def test_a_step_damaged_twice_is_set_aside_twice(tmp_path):
     assert folders(tmp_path) == {"1", "damaged-2", "damaged-2-2"}
 
 
+def test_a_part_of_a_save_is_read_by_itself(tmp_path):
+    """Without `part` Orbax refuses a tree that lacks some of what was saved."""
+    save(tmp_path, 3)
+    name = sorted(LIKE)[0]
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        found = checkpoints.restore({name: LIKE[name]}, part=True)
+    assert found is not None
+    assert found[0] == 3
+    assert set(found[1]) == {name}
+    jax.tree.map(np.testing.assert_array_equal, found[1][name], small(3)[name])
+
+
 def test_nothing_saved_is_nothing_restored(tmp_path):
     with Checkpoints(tmp_path / "new", keep=1) as checkpoints:
         assert checkpoints.restore(LIKE) is None

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -253,9 +254,13 @@ def test_a_run_starts_from_a_folder_and_is_exported_to_another(tmp_path, monkeyp
     """With steps too small to see, what comes out is what went in. Starting from random weights breaks it."""
     monkeypatch.chdir(tmp_path)
     model = model_of(dataclasses.replace(LLAMA, vocab_size=258))
-    hf.save(model, "there", dtype="float32")
+    hf.save(model, "there", dtype="float32", max_length=4096)
     assert cli.main([*RUN, "--out", "run", "--init-from", "there"]) == 0
     assert cli.main(["export", "run", "back", "--dtype", "float32"]) == 0
+    said = json.loads(Path("back/config.json").read_text())
+    assert said["max_position_embeddings"] == 4096, "of the model it began with, which is more than the run's sequences"
+    modes = {path.stat().st_mode for path in Path("back").iterdir()}
+    assert len(modes) == 1, "safetensors leaves its files to their owner alone"
     for name, x in parameters(hf.load("back")).items():
         np.testing.assert_allclose(x, parameters(model)[name], rtol=1e-6, err_msg=name)
     assert cli.main([*RUN, "--out", "other", "--init-from", "there", "--model.num-kv-heads", "4"]) == 2

@@ -93,6 +93,12 @@ def test_the_host_takes_all_that_a_layer_saves():
     assert kept(save="attention", offload_layers=1.0) == {(HOST, INPUT): 1, (HOST, OUT): 1, (HOST, LSE): 1}
 
 
+def test_the_host_takes_what_the_backward_reads_last():
+    """Without `attention_sum` beside it the MLP's backward begins by waiting for the host."""
+    found = kept(save="projections", offload_layers=1.0, offload_late=True)
+    assert found == {(HOST, INPUT): 1, (HOST, OUT): 1, (HOST, KEYS): 2, (DEVICE, OUT): 1, (DEVICE, LSE): 1, (DEVICE, INPUT): 1}
+
+
 def test_groups():
     here, away = LayerMemory("attention", False), LayerMemory("inputs", True)
     assert MemoryConfig().group(32) == (here,)
@@ -149,6 +155,7 @@ POLICIES: dict[str, dict] = {
     "products": {"save": "products"},
     "a half": {"save": "products", "save_layers": 0.5, "save_others": "attention"},
     "to the host": {"save": "attention", "offload_layers": 1.0},
+    "what is read last to the host": {"save": "projections", "offload_layers": 1.0, "offload_late": True},
     "a half to the host": {"save": "projections", "save_layers": 0.5, "offload_layers": 0.5},
     "tiled": {"save": "attention", "mlp_tile": 7, "loss_tile": 5},
     "tiles beyond the tokens": {"save": "attention", "mlp_tile": 10_000, "loss_tile": 10_000},

@@ -8,7 +8,7 @@ from jax import lax
 
 from ulysses_jax import cli, recipes, train, ulysses
 from ulysses_jax.attention import dot_product_attention
-from ulysses_jax.config import MeshConfig, TrainConfig
+from ulysses_jax.config import MemoryConfig, MeshConfig, TrainConfig
 from ulysses_jax.mesh import make_mesh
 from ulysses_jax.verify import Verdict, shrink, verify
 
@@ -36,6 +36,12 @@ def test_an_honest_run_is_equal(mesh, stage):
     assert verdict.faults == []
     assert len(verdict.errors) == 12
     assert max(verdict.errors.values()) < 1e-5
+
+
+def test_a_run_with_everything_on_the_host_is_equal():
+    """One device has no stage to divide its parameters by, nor to send them by: with the run's policy it is refused."""
+    memory = MemoryConfig(offload_layers=1.0, offload_optimizer=True, offload_params=True)
+    assert verdict_of(config(MeshConfig(data=2, seq=4), memory=memory)).faults == []
 
 
 @pytest.mark.parametrize("mesh", [MeshConfig(data=2, seq=4), MeshConfig(ring=2, seq=2)], ids=["ulysses", "ring"])

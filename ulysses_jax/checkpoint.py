@@ -80,8 +80,11 @@ class Checkpoints:
             part.write_text(json.dumps(_checksums(folder)))
             part.replace(folder / MANIFEST)
 
-    def restore(self, like: Tree) -> tuple[int, Tree] | None:
+    def restore(self, like: Tree, *, part: bool = False) -> tuple[int, Tree] | None:
         """The newest undamaged save, laid out as `like`: a tree of `jax.ShapeDtypeStruct` with shardings.
+
+        Args:
+          part: `like` lacks some of what was saved, which is not read.
 
         Returns:
           (step, state), or None where nothing was ever saved.
@@ -90,6 +93,9 @@ class Checkpoints:
           ValueError: saves are or were there, but all are damaged; they stay in the folder under damaged names.
         """
         self.wait()
+        how = ocp.args.StandardRestore(like)
+        if part:
+            how = ocp.args.PyTreeRestore(like, ocp.checkpoint_utils.construct_restore_args(like), partial_restore=True)
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
             folder = self.folder / str(step)
@@ -99,7 +105,7 @@ class Checkpoints:
                 if not signed:
                     _log.warning("checkpoint %d was never signed: its run ended just then; its data cannot be checked", step)
                 try:
-                    return step, self._manager.restore(step, args=ocp.args.StandardRestore(like))
+                    return step, self._manager.restore(step, args=how)
                 except Exception as error:
                     # Signed files are as they were written, so that `like` is wrong. Several processes would not all be here.
                     if signed or jax.process_count() > 1:

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
+ONE_HOST = 8  # GPUs that a host holds as a rule
+
 USAGE = """usage: ulysses train RECIPE [--out DIR] [--dry-run] [--field value …]
        ulysses train RECIPE --help     every field, with its value in this recipe
        ulysses train --list            the recipes
@@ -243,14 +245,19 @@ def verify(name: str, arguments: Sequence[str], console: Console) -> int:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanCommand:
-    """What a training step needs and takes on GPUs that need not be there, and the memory policy to give it."""
+    """What a training step needs and takes on GPUs that need not be there, and the memory policy to give it.
+
+    Bytes: "working" is what a layer's backward or the loss holds besides. Times: "matrices" and "attention" are their products,
+    "memory" everything between them, "stream" parameters that come from the host a layer at a time, "wire" what devices send
+    one another, "host" activations to the host and back; what travels "beside them" is hidden.
+    """
 
     model: str
     """a model (llama3-8b, gpt-7b, llama-7b, …) or a recipe"""
     gpu: str = "h100"
     """h100, h200 or a100"""
     devices: int = 8
-    """all along the sequence"""
+    """GPUs, all along the sequence"""
     length: int | None = None
     """tokens of a sequence; the recipe's by default, or 131,072"""
     longest: bool = False
@@ -307,10 +314,12 @@ def export(arguments: Sequence[str], console: Console) -> None:
     command = _command(ExportCommand, "export", arguments)
     runtime.initialize(1)
     from ulysses_jax import hf
-    from ulysses_jax.train import load_run
+    from ulysses_jax.train import load_run, run_config
 
-    hf.save(load_run(command.run), command.folder, dtype=command.dtype)
-    console.print(f"{command.folder} holds the weights of {command.run}", highlight=False, soft_wrap=True)
+    config = run_config(command.run)
+    before = hf.context_length(config.init_from) if config.init_from is not None else 0
+    hf.save(load_run(command.run), command.folder, dtype=command.dtype, max_length=max(config.data.seq_len, before))
+    console.print(f"{command.folder} holds the weights of {command.run}, no tokenizer", highlight=False, soft_wrap=True)
 
 
 def show_plan(found: "Plan", compiled: dict[str, float] | None, model: str, console: Console) -> None:
@@ -321,6 +330,8 @@ def show_plan(found: "Plan", compiled: dict[str, float] | None, model: str, cons
     flags = " ".join(f"--memory.{name.replace('_', '-')} {value}" for name, value in memory.items())
     about = {"mesh": f"{_axes(config.mesh)} = {config.mesh.size} devices, ZeRO-{config.zero_stage}"}
     about |= {"policy": flags or "the default: attention's outputs are saved", "attention": str(config.implementation)}
+    if config.mesh.size > ONE_HOST:
+        about["links"] = "counted as within one host; between hosts they are slower"
     if (idle := config.mesh.seq - config.model.num_heads) > 0:
         heads = config.model.num_heads
         about["idle in attention"] = f"{idle} of {config.mesh.seq} devices along seq, for there are {heads} heads"
@@ -342,7 +353,8 @@ def show_plan(found: "Plan", compiled: dict[str, float] | None, model: str, cons
     rates = costs.rates(config, seconds["step"], found.gpu.name)
     times = {k: f"{v:.3g} s" for k, v in seconds.items()}
     times["wire"] += " beside them"
-    times["host"] += " beside them"
+    if len(config.memory.group(config.model.num_layers)) == 1:  # copies of a fraction of layers are not hidden
+        times["host"] += " beside them"
     times["speed"] = f"{rates['tokens_per_s']:,.0f} tokens/s, {rates['utilization']:.0%} of peak"
     show(console, "predicted time of a step", times)
 

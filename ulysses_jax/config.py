@@ -167,6 +167,8 @@ class LayerMemory(NamedTuple):
     save: Save
     offload: float
     """the part that goes to the host: none, all, or a fraction of the tokens"""
+    late: bool = False
+    """of what goes there only what the backward reads last"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -197,6 +199,9 @@ class MemoryConfig:
     """what the other layers save"""
     offload_layers: float = 0.0
     """the fraction of layers whose saved activations wait in the host's pinned memory; with `offload_params` of tokens"""
+    offload_late: bool = False
+    """of those layers only what their backward reads last, the input, queries, keys and values, goes there, to come back while
+    the MLP's is computed; attention's output and the sum after it stay. For save="projections" or "products" in all layers"""
     mlp_tile: int | None = None
     """tokens whose hidden activations [tile, F] exist at one time; all of a device's by default"""
     loss_tile: int = 2048
@@ -229,6 +234,14 @@ class MemoryConfig:
                     f"memory.mlp_tile is {self.mlp_tile} and memory.{name} is 'products', but tiles are there so that the "
                     "products of all tokens need not be; use 'projections', or leave out mlp_tile."
                 )
+        if self.offload_late and not (
+            self.offload_layers and self.save_layers == 1 and self.save in ("projections", "products")
+        ):
+            raise ValueError(
+                f"memory.offload_late is True, memory.offload_layers {self.offload_layers}, memory.save {self.save!r} and "
+                f"memory.save_layers {self.save_layers}, but it chooses among what layers that save projections send to the "
+                "host; use offload_layers=1, save='projections' and save_layers=1, or leave it out."
+            )
         if self.mlp_tile is not None:
             _at_least("memory.mlp_tile", self.mlp_tile, 1)
         if self.offload_params and not self.offload_optimizer:
@@ -259,14 +272,19 @@ class MemoryConfig:
           ValueError: fractions that no group of at most `MAX_GROUP` layers has.
         """
         if self.offload_params:
-            return (LayerMemory(self.alike, self.offload_layers),)
+            return (LayerMemory(self.alike, self.offload_layers, self.offload_late),)
         sizes = [k for k in range(1, MAX_GROUP + 1) if num_layers % k == 0]
         fractions = {"save_layers": self.save_layers, "offload_layers": self.offload_layers}
         for k in sizes:
             saving, sent = (fraction * k for fraction in fractions.values())
             if abs(saving - round(saving)) < 1e-6 and abs(sent - round(sent)) < 1e-6:
                 return tuple(
-                    LayerMemory(self.save if i >= k - round(saving) else self.save_others, i < round(sent)) for i in range(k)
+                    LayerMemory(
+                        self.save if i >= k - round(saving) else self.save_others,
+                        i < round(sent),
+                        self.offload_late and i < round(sent),
+                    )
+                    for i in range(k)
                 )
         has = sorted({i / k for k in sizes for i in range(k + 1)})
         name = next((n for n, f in fractions.items() if min(abs(f - x) for x in has) > 1e-6), "offload_layers")

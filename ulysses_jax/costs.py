@@ -101,7 +101,7 @@ def recomputed_flops(config: ModelConfig, memory: MemoryConfig, *, batch_size: i
     def again(layer: LayerMemory) -> float:
         if layer.save in ("products", "all"):
             return 0 if named or layer.save == "all" else attention_flops(pairs, N, H)
-        flops = 2 * tokens * D * (N * H + 2 * F)  # the output's projection, gate and up
+        flops = 2 * tokens * D * ((0 if layer.late else N * H) + 2 * F)  # the output's projection, gate and up
         flops += 0 if layer.save == "projections" else 2 * tokens * D * (N + 2 * K) * H
         return flops + (attention_flops(pairs, N, H) if layer.save == "inputs" or not named else 0)
 
@@ -256,8 +256,9 @@ def saved_bytes(config: TrainConfig) -> tuple[float, float]:
     by_save["products"] = by_save["projections"] + products
     by_save["all"] = by_save["products"] + size * (2 * F + 6 * D) + 4 * 2 * D  # norms in float32, and the gated products
     group = config.memory.group(model.num_layers)
-    away = sum(by_save[x.save] * x.offload for x in group)
-    here = sum(by_save[x.save] for x in group) - away
+    away = sum((inputs + projections if x.late else by_save[x.save]) * x.offload for x in group)
+    sums = sum(inputs for x in group if x.late and x.save == "projections")  # which products are saved with
+    here = sum(by_save[x.save] for x in group) + sums - away
     layers = tokens * model.num_layers / len(group)
     return here * layers, away * layers
 

@@ -90,6 +90,11 @@ def open_corpus(config: DataConfig) -> Corpus:
     root, files = _files(config)
     is_bytes = files[0].suffix not in ARRAYS
     per_file = [[_text(path)] if is_bytes else _arrays(path, config) for path in files]
+    if not is_bytes and config.end_of_document is not None and not any(_ends(documents, config) for documents in per_file):
+        raise ValueError(
+            f"data.end_of_document is {config.end_of_document}, which no file of data.source {config.source!r} holds, so that "
+            "all would be one document. Set it to the id that the tokenizer ends documents with, or leave it out."
+        )
     per_file = [kept for documents in per_file if (kept := [d for d in documents if d.length > 1])]
     if not per_file:
         raise ValueError(f"data.source {config.source!r} holds no document of 2 tokens or more; name a source with text in it.")
@@ -302,6 +307,13 @@ def _arrays(path: Path, config: DataConfig) -> list[Document]:
     ends = np.flatnonzero(tokens == config.end_of_document) + 1
     bounds = np.unique(np.concatenate([[0], ends, [length]]))
     return [Document(path, int(a), int(b - a), dtype, offset) for a, b in itertools.pairwise(bounds)]
+
+
+def _ends(documents: list[Document], config: DataConfig) -> bool:
+    """Whether a file's documents end as `config.end_of_document` says, one of them at least."""
+    return len(documents) > 1 or any(
+        d.length and d.read(d.length - 1, d.length)[0] == config.end_of_document for d in documents
+    )
 
 
 def _split(

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from ulysses_jax.config import MemoryConfig, ModelConfig, RopeScaling
 from ulysses_jax.model import Transformer
 from ulysses_jax.zero import zero_shardings
 
-__all__ = ["check", "load", "load_params", "read_config", "save"]
+__all__ = ["check", "context_length", "load", "load_params", "read_config", "save"]
 
 type Tree = Any
 
@@ -284,6 +285,14 @@ def _after(rows: slice, dims: tuple[int, ...]) -> tuple[int, ...]:
     return ((rows.stop - rows.start) // math.prod(dims[1:]), *dims[1:])
 
 
+def context_length(folder: str | Path) -> int:
+    """Tokens that the model of a Hugging Face folder takes, by its `max_position_embeddings`; 0 where that cannot be read."""
+    try:
+        return int(json.loads((Path(folder).expanduser() / "config.json").read_text())["max_position_embeddings"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
 def save(model: Transformer, folder: str | Path, *, dtype: str = "bfloat16", max_length: int = 131_072) -> None:
     """Write a model as a Hugging Face folder: `config.json` and files of safetensors of up to 5 GB.
 
@@ -329,7 +338,10 @@ def save(model: Transformer, folder: str | Path, *, dtype: str = "bfloat16", max
     if len(parts) > 1:
         content = {"metadata": {"total_size": sum(sizes)}, "weight_map": where}
         (folder / INDEX).write_text(json.dumps(content, indent=1) + "\n")
-    (folder / "config.json").write_text(json.dumps(said, indent=1) + "\n")
+    config = folder / "config.json"
+    config.write_text(json.dumps(said, indent=1) + "\n")
+    for file in folder.glob("*.safetensors"):  # which the library writes for their owner alone
+        shutil.copymode(config, file)
 
 
 def _theirs(x: jax.Array, layer: int | None, inputs: int, dtype: str) -> np.ndarray:

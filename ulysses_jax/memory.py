@@ -69,10 +69,12 @@ def rematerialize(layer: Layer, policy: LayerMemory) -> Layer:
         return layer
     keep, policies = list(NAMES[policy.save]), jax.checkpoint_policies
     if policy.offload:
+        away = ["layer_input", "attention_in"] if policy.late else ["layer_input", *keep]
+        here = {"attention_sum", *keep}.difference(away) if policy.late else {"layer_input_here"}
         # The input is marked inside the body: to mark the scan's own carry would silently send nothing (jax#23869).
         what = policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=["layer_input_here"],
-            names_which_can_be_offloaded=["layer_input", *keep],
+            names_which_can_be_saved=sorted(here),
+            names_which_can_be_offloaded=away,
             offload_src="device",
             offload_dst=HOST,
         )

@@ -216,8 +216,9 @@ def policies(num_layers: int) -> Iterator[MemoryConfig]:
     ]
     kinds += [{"save": "attention", "save_layers": f} for f in (1, 0.75, 0.5, 0.25)] + [{"save": "inputs"}]
     states = ((False, False), (True, False), (True, True))
+    kinds += [{"save": save, "save_layers": 1, "offload_late": True} for save in ("products", "projections")]
     for kind, sent, tile, (optimizer, params) in itertools.product(kinds, (0, 0.25, 0.5, 0.75, 1), (None, 8192), states):
-        if tile and kind["save"] == "products":
+        if (tile and kind["save"] == "products") or ("offload_late" in kind and not sent):
             continue
         if params and (kind.get("save_layers", 1) != 1 or (sent not in (0, 1) and kind["save"] != "inputs")):
             continue
@@ -234,17 +235,20 @@ def make_plan(model: ModelConfig, gpu: costs.Gpu, devices: int, length: int, *, 
 
     All devices are along the sequence, of which a step takes one.
     """
-    plans = []
+    plans, kernel = [], _kernel(gpu, model)
     for memory in policies(model.num_layers):
         data = DataConfig(seq_len=length, batch_size=1, mask_documents=False)
-        config = TrainConfig(model=model, mesh=MeshConfig(seq=devices), data=data, memory=memory, implementation=_kernel(gpu))
+        config = TrainConfig(model=model, mesh=MeshConfig(seq=devices), data=data, memory=memory, implementation=kernel)
         plan = Plan(gpu=gpu, config=config, host_limit=host_limit)
         if plan.fits:
             plans.append(plan)
     return min(plans, key=lambda p: (p.seconds["step"], sum(p.host.values()), sum(p.device.values())), default=None)
 
 
-def _kernel(gpu: costs.Gpu) -> Any:
+def _kernel(gpu: costs.Gpu, model: ModelConfig) -> Any:
+    """The implementation of attention that this GPU has for the model (`attention.resolve` chooses on a GPU)."""
+    if model.dtype != "bfloat16":
+        return "xla"
     return "cudnn" if "A100" in gpu.name else "pallas"
 
 

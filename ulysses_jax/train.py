@@ -33,12 +33,12 @@ from ulysses_jax.loss import token_losses
 from ulysses_jax.memory import HOST, stream_update, to_host
 from ulysses_jax.mesh import DATA, RING, SEQ, make_mesh, token_order, token_spec
 from ulysses_jax.model import Transformer
-from ulysses_jax.report import claim, conclude, describe, draw_losses, read_metrics, read_summary, reporting
+from ulysses_jax.report import alone, claim, conclude, describe, draw_losses, read_metrics, read_summary, reporting
 from ulysses_jax.runtime import Stop, stopping
 from ulysses_jax.ulysses import ShardAttention
 from ulysses_jax.zero import Stored, Unshard, hold, zero_shardings
 
-__all__ = ["Program", "batch_shapes", "build", "compiler_options", "load_run", "make_optimizer", "run"]
+__all__ = ["Program", "batch_shapes", "build", "compiler_options", "load_run", "make_optimizer", "run", "run_config"]
 
 GPUS = ("gpu", "cuda")  # platforms' names of NVIDIA's
 LAYERS = "layers"
@@ -320,7 +320,11 @@ def run(config: TrainConfig, out: Path, console: Console | None = None, *, stop:
 
     program = build(config, mesh)
     listening = stopping() if stop is None else contextlib.nullcontext(stop)
-    with Checkpoints(out / "checkpoints", keep=config.checkpoint.keep) as checkpoints, listening as stop:
+    with (
+        alone(out) if speaks else contextlib.nullcontext(),
+        Checkpoints(out / "checkpoints", keep=config.checkpoint.keep) as checkpoints,
+        listening as stop,
+    ):
         first, state = checkpoints.restore(program.abstract) or (0, None)
         if first:
             console.print(f"continuing from step {first}", highlight=False)
@@ -342,23 +346,35 @@ def run(config: TrainConfig, out: Path, console: Console | None = None, *, stop:
     return summary
 
 
+def run_config(out: Path) -> TrainConfig:
+    """What a run was started with.
+
+    Raises:
+      ValueError: a folder that is no run.
+    """
+    path = out / "config.json"
+    try:
+        return from_dict(json.loads(path.read_text())["config"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"{out} is no run of ulysses: {path} cannot be read. Name the --out of a run.") from None
+
+
 def load_run(out: Path) -> Transformer:
-    """The model of a run's newest save, on one device of this process.
+    """The model of a run's newest save, in the host's memory: a GPU need not have room for all of it.
 
     Raises:
       ValueError: a folder that is no run, or has no undamaged save.
     """
     from ulysses_jax.checkpoint import Checkpoints
 
-    path = out / "config.json"
+    config = dataclasses.replace(run_config(out), mesh=MeshConfig(), memory=MemoryConfig(), implementation=None)
     try:
-        config = from_dict(json.loads(path.read_text())["config"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"{out} is no run of ulysses: {path} cannot be read. Name the --out of a run.") from None
-    config = dataclasses.replace(config, mesh=MeshConfig(), memory=MemoryConfig(), implementation=None)
-    program = build(config, make_mesh(devices=jax.local_devices()[:1]))
+        here = jax.local_devices(backend="cpu")
+    except RuntimeError:  # JAX_PLATFORMS leaves it out
+        here = jax.local_devices()
+    params = build(config, make_mesh(devices=here[:1])).abstract["params"]
     with Checkpoints(out / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
-        if (found := checkpoints.restore(program.abstract)) is None:
+        if (found := checkpoints.restore({"params": params}, part=True)) is None:
             raise ValueError(f"{out} has no save yet; it has one after {config.checkpoint.every} steps.")
     graph = nnx.split(nnx.eval_shape(lambda: Transformer(config.model, rngs=nnx.Rngs(0))))[0]
     return nnx.merge(graph, found[1]["params"])

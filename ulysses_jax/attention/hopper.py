@@ -6,8 +6,8 @@ lists of tiles: tiles outside a row's live range are never visited, tiles inside
 between each row hides what lies outside its own range [first, end).
 
     forward   a block works off tiles of 2 × 64 queries of a head and walks each one's key tiles from right to left, so that
-              of a causal mask only the first is masked. The product with V of one tile runs under the softmax of the next, and
-              the queries of the next tile come while this one's are in use.
+              of a causal mask only the first is masked. The product with V of one tile runs under the softmax of the next, be
+              it of the same queries or of the next ones, which come while these are in use.
     backward  a block owns 2 × 64 keys of one KV head and walks the query tiles of the heads that read it, all or, where tiles
               are few, a part of them, whose shares are added up afterwards. S and dP are computed transposed, dK and dV stay
               in registers, and dQ is added up in float32 by TMA: five products a tile. The order of those additions varies;
@@ -25,7 +25,7 @@ Overlap of the two products and the softmax follows FlashAttention-3 (arXiv 2407
 import contextlib
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -40,7 +40,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from ulysses_jax.attention import schedule
 from ulysses_jax.attention.blocked import varying_like
 from ulysses_jax.attention.masks import Mask, make_mask, tile_ranges
-from ulysses_jax.attention.schedule import Order, dealt, handfuls, in_order, last_round, parts_of_group
+from ulysses_jax.attention.schedule import Order, dealt, guessed, in_order, last_round, parts_of_group
 
 __all__ = ["HEAD_DIMS", "Tiling", "hopper_attention", "hopper_attention_backward", "hopper_lacks"]
 
@@ -99,8 +99,8 @@ def hopper_lacks(q: Array, mask: Mask, scale: float) -> str | None:
     """What these kernels cannot do here, in words, or None."""
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"dtype {q.dtype} (only bfloat16 and float16)"
-    if q.shape[-1] not in HEAD_DIMS:
-        return f"head size {q.shape[-1]} (only {', '.join(map(str, HEAD_DIMS))})"
+    if q.shape[-1] > max(HEAD_DIMS):
+        return f"head size {q.shape[-1]} (only up to {max(HEAD_DIMS)})"
     if scale <= 0:
         return f"scale {scale} (it must be > 0)"
     if mask.blocks is not None and mask.blocks.block % (2 * WARPGROUP_ROWS):
@@ -121,19 +121,18 @@ def hopper_attention(
 ) -> tuple[Array, Array]:
     """softmax(cap(q kᵀ · scale)) v, and the log-sum-exp of the logits; both differentiable.
 
-    q [B, T, N, H], k and v [B, S, K, H] in bfloat16 or float16, H of `HEAD_DIMS`, any lengths → out [B, T, N, H], lse
-    [B, N, T] in float32, natural log. A row that sees no key is zero, its lse −inf. Segment ids must be contiguous: every
-    id one run of tokens; if they are not, out is NaN.
+    q [B, T, N, H], k and v [B, S, K, H] in bfloat16 or float16, any lengths → out [B, T, N, H], lse [B, N, T] in float32,
+    natural log. Heads between the sizes of `HEAD_DIMS` are padded with zeros to the next. A row that sees no key is zero, its
+    lse −inf. Segment ids must be contiguous: every id one run of tokens; if they are not, out is NaN.
 
     Args:
       deterministic: add up dQ in a fixed order, so that the backward is bit-equal every time.
       interpret: run on the CPU by Mosaic's interpreter (`plgpu.InterpretGPUParams`); for tests.
     """
     options = _Options(scale, logits_soft_cap, deterministic, interpret)
-    T = q.shape[1]
-    q, k, v = (_pad(x, 1, 8) for x in (q, k, v))  # TMA wants lengths in eights
-    out, lse = cast(tuple[Array, Array], _attention(options, q, k, v, mask))
-    return out[:, :T], lse[:, :, :T]
+    T, H = q.shape[1], q.shape[3]
+    out, lse = cast(tuple[Array, Array], _attention(options, *_whole(q, k, v), mask))
+    return out[:, :T, :, :H], lse[:, :, :T]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -142,7 +141,8 @@ def _attention(options: _Options, q: Array, k: Array, v: Array, mask: Mask) -> t
 
 
 def _attention_fwd(options: _Options, q: Array, k: Array, v: Array, mask: Mask):
-    q, k, v = (checkpoint_name(x, "attention_in") for x in (q, k, v))
+    # All at once: where they go to the host, a copy that begins with q has XLA wait for q's crossing before k is projected.
+    q, k, v = (checkpoint_name(x, "attention_in") for x in lax.optimization_barrier((q, k, v)))
     # Without the barrier XLA fuses the kernel into the write that saves its output, and runs it again for who uses that output.
     out, lse = lax.optimization_barrier(_forward(options, q, k, v, mask))
     out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
@@ -164,11 +164,17 @@ def hopper_attention_backward(
     interpret: Any = False,
 ) -> tuple[Array, Array, Array]:
     """The share of these keys in (dQ, dK, dV), where `out` and `lse` may come from more keys than these."""
-    options, T, S = _Options(scale, logits_soft_cap, deterministic, interpret), q.shape[1], k.shape[1]
-    q, k, v, out, d_out = (_pad(x, 1, 8) for x in (q, k, v, out, d_out))
+    options, (_, T, _, H), S = _Options(scale, logits_soft_cap, deterministic, interpret), q.shape, k.shape[1]
+    q, k, v, out, d_out = _whole(q, k, v, out, d_out)
     lse = _pad(lse, 2, 8, -jnp.inf)
     dq, dk, dv = _backward(options, q, k, v, mask, out, lse, d_out, jnp.zeros_like(lse))
-    return dq[:, :T], dk[:, :S], dv[:, :S]
+    return dq[:, :T, :, :H], dk[:, :S, :, :H], dv[:, :S, :, :H]
+
+
+def _whole(*arrays: Array) -> Iterator[Array]:
+    """[B, T, N, H] padded to lengths in eights, which TMA wants, and to a head size that the kernels have."""
+    size = next(size for size in HEAD_DIMS if size >= arrays[0].shape[3])
+    return (_pad(_pad(x, 1, 8), 3, size) for x in arrays)
 
 
 def _attention_bwd(options: _Options, saved, cotangents):
@@ -313,8 +319,8 @@ def _order_of_queries(mask: Mask, heads: int, tiles: int, key_bytes: int, rows: 
     """How the forward's blocks share out the tiles of queries but the last `left`; `key_bytes` are of a head's K and V."""
     weights = _steps_known(mask, rows, step, lists)
     if weights is None:
-        if heads * tiles >= 8 * schedule.multiprocessors():
-            return handfuls(heads, tiles, key_bytes)
+        if heads * tiles >= 4 * schedule.multiprocessors():
+            return dealt(heads, tiles, key_bytes, guessed(tiles), known=False)
         return Order(in_order(heads, tiles, key_bytes, heaviest_last=True).reshape(-1, 1), known=False)
     return dealt(heads, tiles, key_bytes, weights, left)
 
@@ -415,109 +421,155 @@ def _forward_tiles(options: _Options, q: Array, k: Array, v: Array, mask: Mask, 
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.barrier_arrive(q_free.at[lax.rem(n, i32(q_slots))])
 
-        def attend(n, done):
+        def soften(x, top, total, hidden: Callable[[Array], Array]):
+            """Probabilities of one tile in 16 bits, the new running maximum and sum, and the old ones' factor."""
+            if options.soft_cap is not None:
+                x = options.soft_cap * jnp.tanh(x * (options.scale / options.soft_cap))
+            x = hidden(x)
+            new_top = jnp.maximum(top, x.max(axis=1))
+            fade = jnp.exp2((top - new_top) * options.exponent)
+            p = jnp.exp2(x * options.exponent - lax.broadcast_in_dim(new_top * options.exponent, x.shape, [0]))
+            return p.astype(q.dtype), new_top, total * fade + p.sum(axis=1), fade
+
+        def turn(mine, slot, before, acc, p, top, total, softened: Callable):
+            """Q Kᵀ of a tile, beside P V of the tile before, under whose product the softmax of this one runs.
+
+            (acc + P V, and what `softened` makes of the logits); whose queries `mine` are, the tile before need not know.
+            """
+            plgpu.barrier_wait(k_here.at[slot])
+
+            def both(refs):
+                acc_ref, *softened_refs = refs
+
+                def logits(x_ref):
+                    plgpu.wgmma(x_ref, mine, k_smem.at[slot].transpose((1, 0)))
+                    plgpu.barrier_wait(v_here.at[before])
+                    plgpu.wgmma(acc_ref, p, v_smem.at[before])
+                    return plgpu.wgmma_accumulator_load(x_ref, wait_n=1)
+
+                x = pl.run_scoped(logits, plgpu.ACC((WARPGROUP_ROWS, block), jnp.float32))
+                plgpu.barrier_arrive(k_free.at[slot])
+                for ref, value in zip(softened_refs, softened(x), strict=True):
+                    ref[...] = value
+
+            def both_interpreted():
+                def logits(x_ref):
+                    plgpu.wgmma(x_ref, mine, k_smem.at[slot].transpose((1, 0)))
+                    return plgpu.wgmma_accumulator_load(x_ref, wait_n=0)
+
+                x = pl.run_scoped(logits, plgpu.ACC((WARPGROUP_ROWS, block), jnp.float32))
+                plgpu.barrier_arrive(k_free.at[slot])
+                plgpu.barrier_wait(v_here.at[before])
+                return _product(acc, p, v_smem.at[before]), *softened(x)
+
+            if options.interpret:
+                results = both_interpreted()
+            else:
+                results = pl.run_state(both)((plgpu.ACC.init(acc), p, top, total, total))
+            plgpu.barrier_arrive(v_free.at[before])
+            return results
+
+        def item(n):
+            """(scalars, steps, queries, ranges) of item n, once they are here."""
             q_slot = lax.rem(n, i32(q_slots))
-            plgpu.barrier_wait(q_here.at[q_slot])
             tile = _Tile(item_smem.at[q_slot], lists)
-            batch, head = tile.batch, tile.head
-            steps = steps_of(tile)
-            base = tile.index * rows + warpgroup * WARPGROUP_ROWS
-            mine = q_smem.at[q_slot, warpgroup]
             own = pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
             ranges = first_smem.at[q_slot, own], end_smem.at[q_slot, own]
+            return tile, steps_of(tile), q_smem.at[q_slot, warpgroup], ranges
 
-            def softmax(x, top, total, i, code, hide: bool | None):
-                """Probabilities of one tile in 16 bits, the new running maximum and sum, and the old ones' factor."""
-                if options.soft_cap is not None:
-                    x = options.soft_cap * jnp.tanh(x * (options.scale / options.soft_cap))
-                if hide is not False:
-                    _, j, full = tile.visit(i, code, end=tile.first + steps)
-                    hidden = lambda x: _hide(x, tuple(map(_per_row, ranges)), j * block)  # noqa: E731
-                    x = hidden(x) if hide else lax.cond(full(), lambda x: x, hidden, x)
-                new_top = jnp.maximum(top, x.max(axis=1))
-                fade = jnp.exp2((top - new_top) * options.exponent)
-                p = jnp.exp2(x * options.exponent - lax.broadcast_in_dim(new_top * options.exponent, x.shape, [0]))
-                return p.astype(q.dtype), new_top, total * fade + p.sum(axis=1), fade
+        top_of_none = plgpu.layout_cast(jnp.full((WARPGROUP_ROWS,), LOWEST, jnp.float32), ROWS)
+        total_of_none = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS,), jnp.float32), ROWS)
+
+        def hiding(tile, steps, ranges, i, code, hide: bool | None) -> Callable[[Array], Array]:
+            """What hides from the logits of step i what their rows do not see; None: where the tile hides something."""
+            if hide is False:
+                return lambda x: x
+            _, j, full = tile.visit(i, code, end=tile.first + steps)
+            hidden = lambda x: _hide(x, tuple(map(_per_row, ranges)), j * block)  # noqa: E731
+            return hidden if hide else lambda x: lax.cond(full(), lambda x: x, hidden, x)
+
+        def opening(n):
+            """What hides from item n's first logits."""
+            tile, steps, _, ranges = item(n)
+            return hiding(tile, steps, ranges, i32(0), tile.peek(0), True)
+
+        def begin(n, done):
+            """The first logits of item n and their softmax, by themselves."""
+            plgpu.barrier_wait(q_here.at[lax.rem(n, i32(q_slots))])
+            slot = lax.rem(done, i32(stages))
+            plgpu.barrier_wait(k_here.at[slot])
 
             def first_logits(acc):
-                plgpu.wgmma(acc, mine, k_smem.at[lax.rem(done, i32(stages))].transpose((1, 0)))
+                plgpu.wgmma(acc, item(n)[2], k_smem.at[slot].transpose((1, 0)))
                 return acc[...]
 
+            x = pl.run_scoped(first_logits, plgpu.ACC((WARPGROUP_ROWS, block), jnp.float32))
+            plgpu.barrier_arrive(k_free.at[slot])
+            return soften(x, top_of_none, total_of_none, opening(n))[:3]
+
+        def attend(n, carry, count):
+            """Item n from after its first softmax to its output; beside its last product the next item begins.
+
+            Beside that of the last item its own first tile does once more, for nothing: a way around it is a second loop over
+            steps, and with two of them ptxas runs every product to its end before the next.
+            """
+            done, p, top, total = carry
+            tile, steps, mine, ranges = item(n)
+
             def step(i, carry, hide=None if partial_loop else False):
-                """Q Kᵀ of tile i, beside P V of the tile before, under whose product the softmax of tile i runs."""
                 acc, p, top, total, code = carry
                 following = tile.peek(i + 1)
                 slot, before = lax.rem(done + i, i32(stages)), lax.rem(done + i - 1, i32(stages))
-                plgpu.barrier_wait(k_here.at[slot])
-
-                def both(refs):
-                    acc_ref, p_ref, top_ref, total_ref, fade_ref = refs
-
-                    def logits(x_ref):
-                        plgpu.wgmma(x_ref, mine, k_smem.at[slot].transpose((1, 0)))
-                        plgpu.barrier_wait(v_here.at[before])
-                        plgpu.wgmma(acc_ref, p, v_smem.at[before])
-                        return plgpu.wgmma_accumulator_load(x_ref, wait_n=1)
-
-                    x = pl.run_scoped(logits, plgpu.ACC((WARPGROUP_ROWS, block), jnp.float32))
-                    plgpu.barrier_arrive(k_free.at[slot])
-                    p_ref[...], top_ref[...], total_ref[...], fade_ref[...] = softmax(x, top, total, i, code, hide)
-
-                def both_interpreted():
-                    def logits(x_ref):
-                        plgpu.wgmma(x_ref, mine, k_smem.at[slot].transpose((1, 0)))
-                        return plgpu.wgmma_accumulator_load(x_ref, wait_n=0)
-
-                    x = pl.run_scoped(logits, plgpu.ACC((WARPGROUP_ROWS, block), jnp.float32))
-                    plgpu.barrier_arrive(k_free.at[slot])
-                    plgpu.barrier_wait(v_here.at[before])
-                    return _product(acc, p, v_smem.at[before]), *softmax(x, top, total, i, code, hide)
-
-                if options.interpret:
-                    acc, p, top, total, fade = both_interpreted()
-                else:
-                    acc, p, top, total, fade = pl.run_state(both)((plgpu.ACC.init(acc), p, top, total, total))
-                plgpu.barrier_arrive(v_free.at[before])
+                softened = lambda x: soften(x, top, total, hiding(tile, steps, ranges, i, code, hide))  # noqa: E731
+                acc, p, top, total, fade = turn(mine, slot, before, acc, p, top, total, softened)
+                if q_slots > 1:  # by now the output before is on its way
+                    pl.when((i == 1) & (n > 0))(lambda: store_and_free(n - 1))
                 return acc * lax.broadcast_in_dim(fade, acc.shape, [0]), p, top, total, following
 
-            top = plgpu.layout_cast(jnp.full((WARPGROUP_ROWS,), LOWEST, jnp.float32), ROWS)
-            total = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS,), jnp.float32), ROWS)
             acc = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, H), jnp.float32), WGMMA)
-            slot = lax.rem(done, i32(stages))
-            plgpu.barrier_wait(k_here.at[slot])
-            x = pl.run_scoped(first_logits, plgpu.ACC((WARPGROUP_ROWS, block), jnp.float32))
-            plgpu.barrier_arrive(k_free.at[slot])
-            if q_slots > 1:
-                pl.when(n > 0)(lambda: store_and_free(n - 1))
-            p, top, total, _ = softmax(x, top, total, i32(0), tile.peek(0), True)
             carry = acc, p, top, total, tile.peek(1)
             for i in range(1, 1 if partial_loop else masked_steps):
                 carry = step(jnp.minimum(steps, i), carry, hide=True)
             acc, p, top, total, _ = lax.fori_loop(i32(1 if partial_loop else masked_steps), steps, step, carry)
-            slot = lax.rem(done + steps - 1, i32(stages))
-            plgpu.barrier_wait(v_here.at[slot])
-            if options.interpret:
-                acc = _product(acc, p, v_smem.at[slot])
-            else:
-                acc = pl.run_state(lambda ref: plgpu.wgmma(ref, p, v_smem.at[slot]))(plgpu.ACC.init(acc))
-            plgpu.barrier_arrive(v_free.at[slot])
 
+            before = lax.rem(done + steps - 1, i32(stages))
+            if q_slots > 1:
+                pl.when((steps == 1) & (n > 0))(lambda: store_and_free(n - 1))
+                pl.when(n + 1 < count)(lambda: plgpu.barrier_wait(q_here.at[lax.rem(n + 1, i32(q_slots))]))
+                after = jnp.minimum(n + 1, count - 1)
+                softened = lambda x: soften(x, top_of_none, total_of_none, opening(after))  # noqa: E731
+                slot = lax.rem(done + steps, i32(stages))
+                acc, *following, _ = turn(item(after)[2], slot, before, acc, p, top, total, softened)
+            else:
+                plgpu.barrier_wait(v_here.at[before])
+                if options.interpret:
+                    acc = _product(acc, p, v_smem.at[before])
+                else:
+                    acc = pl.run_state(lambda ref: plgpu.wgmma(ref, p, v_smem.at[before]))(plgpu.ACC.init(acc))
+                plgpu.barrier_arrive(v_free.at[before])
+                following = p, top, total
+            finish(tile, mine, acc, top, total)
+            return done + steps, *following
+
+        def finish(tile, mine, acc, top, total):
+            """The output of an item leaves through the buffer of its queries."""
             seen = total > 0
             total = jnp.where(seen, total, 1.0)
-            weight = jnp.where(seen, 1.0 / total, 0.0) + broken_ref[batch if broken_ref.shape[0] > 1 else 0]
+            weight = jnp.where(seen, 1.0 / total, 0.0) + broken_ref[tile.batch if broken_ref.shape[0] > 1 else 0]
             mine[...] = (acc * lax.broadcast_in_dim(weight, acc.shape, [0])).astype(q.dtype)
             lse = jnp.where(seen, top * (options.exponent / LOG2E) + jnp.log(total), -jnp.inf)
-            lse_ref.at[batch, head, pl.ds(base, WARPGROUP_ROWS)][...] = lse
+            own = pl.ds(tile.index * rows + warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
+            lse_ref.at[tile.batch, tile.head, own][...] = lse
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(mine, out_ref.at[batch, pl.ds(base, WARPGROUP_ROWS), head])
-            return done + steps
+            plgpu.copy_smem_to_gmem(mine, out_ref.at[tile.batch, own, tile.head])
 
         @pl.when(warpgroup < 2)
         def compute():
             plgpu.set_max_registers(registers[0], action="increase")
-            _each_item(items, attend, i32(0))
+            count, zero = _count(items), i32(0)
+            _each_item(items, functools.partial(attend, count=count), (zero, *begin(zero, zero)))
             if q_slots > 1:
-                store_and_free(_count(items) - 1)
+                store_and_free(count - 1)
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(warpgroup == 2)
@@ -552,9 +604,19 @@ def _forward_tiles(options: _Options, q: Array, k: Array, v: Array, mask: Mask, 
                 lax.fori_loop(i32(0), steps, fill, tile.peek(0))
                 return done + steps
 
-            _drain(_each_item(items, fill_item, i32(0)), stages, k_free, v_free)
-            if q_slots > 1:
+            done, again = _each_item(items, fill_item, i32(0)), 0
+            if q_slots > 1:  # what the last item's end begins: its keys count for nothing
+                tile, slot, again = (
+                    _Tile(items.at[lax.axis_index("block"), _count(items) - 1], lists),
+                    lax.rem(done, i32(stages)),
+                    1,
+                )
+                pl.when(done >= stages)(lambda: plgpu.barrier_wait(k_free.at[slot]))
+                source = (tile.batch, pl.ds(0, block), lax.div(tile.head, i32(group)))
+                plgpu.copy_gmem_to_smem(k_ref.at[source], k_smem.at[slot], k_here.at[slot])
                 _drain(_count(items), q_slots, q_free)
+            _drain(done + again, stages, k_free)
+            _drain(done, stages, v_free)
 
     lengths = (tiles * rows,)
     out, lse = _launch(
