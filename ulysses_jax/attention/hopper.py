@@ -40,7 +40,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from ulysses_jax.attention import schedule
 from ulysses_jax.attention.blocked import varying_like
 from ulysses_jax.attention.masks import Mask, make_mask, tile_ranges
-from ulysses_jax.attention.schedule import Order, dealt, guessed, in_order, last_round, parts_of_group
+from ulysses_jax.attention.schedule import Order, dealt, in_order, last_round, parts_of_group, to_and_fro
 
 __all__ = ["HEAD_DIMS", "Tiling", "hopper_attention", "hopper_attention_backward", "hopper_lacks"]
 
@@ -49,6 +49,7 @@ ROWS = WGMMA.reduce(1)  # one value a row of a product
 COLUMNS = WGMMA.reduce(0)  # one value a column
 LOG2E = math.log2(math.e)
 LOWEST = -1e30  # the running maximum's start: finite, so that a row that saw nothing yet subtracts no infinities
+SLACK = 8.0  # the running maximum stays until a row's own is above it by this, in base 2; probabilities are at most 2⁸ then
 WARPGROUP_ROWS = 64  # rows of a product that one warpgroup holds
 
 # All of a block's computing threads have written what the tensor cores read next: one barrier for what would take three, one of
@@ -320,7 +321,7 @@ def _order_of_queries(mask: Mask, heads: int, tiles: int, key_bytes: int, rows: 
     weights = _steps_known(mask, rows, step, lists)
     if weights is None:
         if heads * tiles >= 4 * schedule.multiprocessors():
-            return dealt(heads, tiles, key_bytes, guessed(tiles), known=False)
+            return to_and_fro(heads, tiles)
         return Order(in_order(heads, tiles, key_bytes, heaviest_last=True).reshape(-1, 1), known=False)
     return dealt(heads, tiles, key_bytes, weights, left)
 
@@ -422,14 +423,20 @@ def _forward_tiles(options: _Options, q: Array, k: Array, v: Array, mask: Mask, 
             plgpu.barrier_arrive(q_free.at[lax.rem(n, i32(q_slots))])
 
         def soften(x, top, total, hidden: Callable[[Array], Array]):
-            """Probabilities of one tile in 16 bits, the new running maximum and sum, and the old ones' factor."""
+            """Probabilities of one tile in 16 bits, the factor of what was added up before, the new running maximum and sum."""
             if options.soft_cap is not None:
                 x = options.soft_cap * jnp.tanh(x * (options.scale / options.soft_cap))
             x = hidden(x)
-            new_top = jnp.maximum(top, x.max(axis=1))
+            highest = x.max(axis=1)
+            new_top = jnp.where((highest - top) * options.exponent > SLACK, highest, top)
             fade = jnp.exp2((top - new_top) * options.exponent)
             p = jnp.exp2(x * options.exponent - lax.broadcast_in_dim(new_top * options.exponent, x.shape, [0]))
-            return p.astype(q.dtype), new_top, total * fade + p.sum(axis=1), fade
+            return p.astype(q.dtype), fade, new_top, total * fade + p.sum(axis=1)
+
+        def faded(acc, fade):
+            """acc · fade; as the maximum seldom moves, a warp none of whose rows fade goes around it."""
+            times = lambda x: x * lax.broadcast_in_dim(fade, x.shape, [0])  # noqa: E731
+            return times(acc) if options.interpret else lax.cond(_any_below_one(fade), times, lambda x: x, acc)
 
         def turn(mine, slot, before, acc, p, top, total, softened: Callable):
             """Q Kᵀ of a tile, beside P V of the tile before, under whose product the softmax of this one runs.
@@ -465,7 +472,7 @@ def _forward_tiles(options: _Options, q: Array, k: Array, v: Array, mask: Mask, 
             if options.interpret:
                 results = both_interpreted()
             else:
-                results = pl.run_state(both)((plgpu.ACC.init(acc), p, top, total, total))
+                results = pl.run_state(both)((plgpu.ACC.init(acc), p, total, top, total))
             plgpu.barrier_arrive(v_free.at[before])
             return results
 
@@ -505,7 +512,8 @@ def _forward_tiles(options: _Options, q: Array, k: Array, v: Array, mask: Mask, 
 
             x = pl.run_scoped(first_logits, plgpu.ACC((WARPGROUP_ROWS, block), jnp.float32))
             plgpu.barrier_arrive(k_free.at[slot])
-            return soften(x, top_of_none, total_of_none, opening(n))[:3]
+            p, _, top, total = soften(x, top_of_none, total_of_none, opening(n))
+            return p, top, total
 
         def attend(n, carry, count):
             """Item n from after its first softmax to its output; beside its last product the next item begins.
@@ -517,29 +525,33 @@ def _forward_tiles(options: _Options, q: Array, k: Array, v: Array, mask: Mask, 
             tile, steps, mine, ranges = item(n)
 
             def step(i, carry, hide=None if partial_loop else False):
-                acc, p, top, total, code = carry
+                # What may branch comes before the products: nothing past a branch runs under them, or under exponentials.
+                acc, p, fade, top, total, code = carry
+                acc = faded(acc, fade)
+                if q_slots > 1:  # by now the output before is on its way
+                    pl.when((i == 2) & (n > 0))(lambda: store_and_free(n - 1))
                 following = tile.peek(i + 1)
                 slot, before = lax.rem(done + i, i32(stages)), lax.rem(done + i - 1, i32(stages))
                 softened = lambda x: soften(x, top, total, hiding(tile, steps, ranges, i, code, hide))  # noqa: E731
-                acc, p, top, total, fade = turn(mine, slot, before, acc, p, top, total, softened)
-                if q_slots > 1:  # by now the output before is on its way
-                    pl.when((i == 1) & (n > 0))(lambda: store_and_free(n - 1))
-                return acc * lax.broadcast_in_dim(fade, acc.shape, [0]), p, top, total, following
+                return *turn(mine, slot, before, acc, p, top, total, softened), following
 
             acc = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, H), jnp.float32), WGMMA)
-            carry = acc, p, top, total, tile.peek(1)
+            one = plgpu.layout_cast(jnp.ones((WARPGROUP_ROWS,), jnp.float32), ROWS)
+            carry = acc, p, one, top, total, tile.peek(1)
             for i in range(1, 1 if partial_loop else masked_steps):
                 carry = step(jnp.minimum(steps, i), carry, hide=True)
-            acc, p, top, total, _ = lax.fori_loop(i32(1 if partial_loop else masked_steps), steps, step, carry)
+            acc, p, fade, top, total, _ = lax.fori_loop(i32(1 if partial_loop else masked_steps), steps, step, carry)
+            acc = faded(acc, fade)
 
             before = lax.rem(done + steps - 1, i32(stages))
             if q_slots > 1:
-                pl.when((steps == 1) & (n > 0))(lambda: store_and_free(n - 1))
+                pl.when((steps <= 2) & (n > 0))(lambda: store_and_free(n - 1))
                 pl.when(n + 1 < count)(lambda: plgpu.barrier_wait(q_here.at[lax.rem(n + 1, i32(q_slots))]))
                 after = jnp.minimum(n + 1, count - 1)
                 softened = lambda x: soften(x, top_of_none, total_of_none, opening(after))  # noqa: E731
                 slot = lax.rem(done + steps, i32(stages))
-                acc, *following, _ = turn(item(after)[2], slot, before, acc, p, top, total, softened)
+                acc, *opened = turn(item(after)[2], slot, before, acc, p, top, total, softened)
+                following = opened[0], *opened[2:]
             else:
                 plgpu.barrier_wait(v_here.at[before])
                 if options.interpret:
@@ -791,12 +803,15 @@ def _keys_kernel(
     share = want_dq and H > 64
     columns = H // 2 if share else H  # of dQ, a warpgroup's
     interpret = bool(options.interpret)
+    # Steps that pass before a step's queries are let go: its last product runs on beside the first one of the next.
+    lag = int(stages > 1)
 
     def kernel(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, items, lists, first, end, *rest):
         refs, scratch = rest[:-1], rest[-1]
         outs = dict(zip([name for name in ("dq", "dk", "dv") if name in wanted], refs, strict=True))
         k_smem, v_smem, k_halves, q_smem, do_smem, lse_smem, delta_smem, ds_smem, dq_smem = scratch[:9]
         kv_here, q_here, do_here, q_free, do_free, met = scratch[9:]
+        frees = ((q_free, lag), (do_free, 0 if want_dq else lag))
         warpgroup = lax.axis_index("warpgroup")
         tile = _Tile(items.at[lax.axis_index("block"), 0], lists)
         batch, kv_head = tile.batch, tile.head
@@ -820,6 +835,11 @@ def _keys_kernel(
             ranges = tuple(_per_row(_rows_at(ref, batch, base, WARPGROUP_ROWS)) for ref in (first, end))
             plgpu.barrier_wait(kv_here)
 
+            def free(n):
+                """All products of step n − `lag` are done."""
+                for barrier, _ in frees[: 1 if want_dq else 2]:
+                    plgpu.barrier_arrive(barrier.at[lax.rem(n, i32(stages))])
+
             def step(n, code, sums):
                 _, i, full = tile.visit(n, code, group)
                 slot = lax.rem(n, i32(stages))
@@ -831,6 +851,8 @@ def _keys_kernel(
                     if want_dq or want_dk:
                         plgpu.wgmma(dp_ref, v_smem.at[own], do_smem.at[slot].transpose((1, 0)))
                     x = plgpu.wgmma_accumulator_load(x_ref, wait_n=1 if want_dq or want_dk else 0)
+                    if lag:  # by now the products of the step before are done
+                        free(n)
                     hidden = lambda x: _hide(x, ranges, i * block)  # noqa: E731
                     spread = lambda column: lax.broadcast_in_dim(column, x.shape, [1])  # noqa: E731
                     hide = lambda x: lax.cond(full(), lambda x: x, hidden, x)  # noqa: E731
@@ -875,7 +897,7 @@ def _keys_kernel(
                     if interpret:
                         dk = _product(dk, ds, q_smem.at[slot])
                     plgpu.barrier_arrive(do_free.at[slot])
-                    dq_smem.at[warpgroup][...] = dq * options.scale
+                    dq_smem.at[warpgroup][...] = dq
                     plgpu.commit_smem()
                     head, i, _ = tile.visit(n, code, group)  # again: to keep them over the products would spill registers
                     target = (batch, pl.ds(i * block, block), kv_head * group + head)
@@ -886,11 +908,10 @@ def _keys_kernel(
                     plgpu.copy_smem_to_gmem(dq_smem.at[warpgroup], outs["dq"].at[target], **add)
                 elif want_dk:
                     dk = _accumulate(dk, ds, q_smem.at[slot], interpret)
-                if not interpret:
-                    plgpu.wgmma_wait(0)
-                if not want_dq:
-                    plgpu.barrier_arrive(do_free.at[slot])
-                plgpu.barrier_arrive(q_free.at[slot])
+                if not lag:
+                    if not interpret:
+                        plgpu.wgmma_wait(0)
+                    free(n)
                 return (dk, dv) if interpret else sums
 
             if interpret:
@@ -903,6 +924,8 @@ def _keys_kernel(
                     return dk_ref[...] if want_dk else None, dv_ref[...] if want_dv else None
 
                 sums = pl.run_scoped(accumulated, *(plgpu.ACC((WARPGROUP_ROWS, H), jnp.float32),) * 2)
+            if lag:
+                free(steps)
             for name, total, smem, factor in zip(("dk", "dv"), sums, (k_smem, v_smem), (options.scale, 1.0), strict=True):
                 if name in wanted:
                     smem.at[own][...] = (total * factor).astype(q.dtype)
@@ -910,7 +933,7 @@ def _keys_kernel(
             for name, smem in (("dk", k_smem), ("dv", v_smem)):
                 if name in wanted:
                     plgpu.copy_smem_to_gmem(smem.at[own], outs[name].at[batch, pl.ds(base, WARPGROUP_ROWS), kv_head])
-            plgpu.wait_smem_to_gmem(0)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         @pl.when(warpgroup == 2)
         def copy():
@@ -921,19 +944,24 @@ def _keys_kernel(
             for half in range(2 if share else 0):
                 plgpu.copy_gmem_to_smem(k_ref.at[(*keys, pl.ds(half * columns, columns))], k_halves.at[half], kv_here)
 
+            def wait_until_free(n, barrier, lag: int):
+                nth = n + lag
+                pl.when(nth >= stages)(lambda: plgpu.barrier_wait(barrier.at[lax.rem(nth, i32(stages))]))
+
             def fill(n, code, _):
                 head, i, _ = tile.visit(n, code, group)
                 head = kv_head * group + head
                 slot, at = lax.rem(n, i32(stages)), pl.ds(i * block, block)
-                pl.when(n >= stages)(functools.partial(plgpu.barrier_wait, q_free.at[slot]))
+                wait_until_free(n, *frees[0])
                 plgpu.copy_gmem_to_smem(q_ref.at[batch, at, head], q_smem.at[slot], q_here.at[slot])
                 plgpu.copy_gmem_to_smem(lse_ref.at[batch, head, at], lse_smem.at[slot], q_here.at[slot])
                 plgpu.copy_gmem_to_smem(delta_ref.at[batch, head, at], delta_smem.at[slot], q_here.at[slot])
-                pl.when(n >= stages)(functools.partial(plgpu.barrier_wait, do_free.at[slot]))
+                wait_until_free(n, *frees[1])
                 plgpu.copy_gmem_to_smem(do_ref.at[batch, at, head], do_smem.at[slot], do_here.at[slot])
 
             each_step(fill, None)
-            _drain(steps, stages, q_free, do_free)
+            for barrier, lag in frees:
+                _drain(steps + lag, stages, barrier)
 
     padded = pl.cdiv(T, block) * block
     outs = {name: jax.ShapeDtypeStruct((B, tiles * rows, K, H), k.dtype) for name in ("dk", "dv") if name in wanted}
@@ -967,7 +995,7 @@ def _keys_kernel(
     if want_dq:
         # Tiles of keys that a query tile never meets leave their copies unwritten.
         dq = jnp.nansum(found["dq"], axis=(0, 1)) if interpret else jax.freeze(dq)
-        dq = dq[:, :T].astype(q.dtype)
+        dq = (dq[:, :T] * options.scale).astype(q.dtype)
 
     def whole(x):
         return x.reshape(B, -1, K // parts, parts, H).sum(3, dtype=jnp.float32).astype(x.dtype) if parts > 1 else x
@@ -995,6 +1023,23 @@ def _ptx(text: str) -> None:
         llvm.inline_asm(ir.Type.parse("!llvm.void"), [], text, "", has_side_effects=True)
 
     inlined()  # pyright: ignore[reportCallIssue] — the context is Mosaic's to give
+
+
+def _any_below_one(rows: Array) -> Array:
+    """Is a row of this warp's below 1? Of the warp, as a warpgroup would have to meet to know."""
+    from jax.experimental.mosaic import gpu as mgpu
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith, nvvm, vector
+
+    @plgpu.inline_mgpu(arg_types=(ROWS,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT(())))
+    def voted(context, rows) -> mgpu.FragmentedArray:
+        one, word = mgpu.c(1.0, ir.F32Type.get()), ir.IntegerType.get_signless(32)
+        mine = [vector.extract(x, dynamic_position=[], static_position=[0]) for x in rows.registers.flat]
+        below = [arith.cmpf(arith.CmpFPredicate.OLT, x, one) for x in mine]
+        vote = nvvm.vote_sync(mgpu.c(-1, word), functools.reduce(arith.ori, below), "any")
+        return mgpu.FragmentedArray.splat(arith.extui(word, vote), (), is_signed=True)
+
+    return voted(rows) > 0
 
 
 def _product(acc, a, b_ref):
