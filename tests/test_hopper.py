@@ -264,8 +264,8 @@ def test_items_are_the_tiles_of_each_head_of_each_sequence_with_their_steps(name
     ids = None if case.segments is None else jnp.asarray(documents)
     options: dict[str, Any] = case.mask_options() | {"segment_ids": ids}
     mask, tiles = make_mask(case.T, **options), -(-case.T // tile)
-    heads = case.B * case.N
-    order = schedule.dealt(heads, tiles, 1 << 20, tuple(range(tiles))) if known else schedule.to_and_fro(heads, tiles)
+    sizes = case.B * case.N, tiles, 1 << 20
+    order = schedule.dealt(*sizes, tuple(range(tiles))) if known else schedule.spread(*sizes)
     lists = hopper._key_lists(mask, tile, step)
     walk = hopper._Walk.of(mask.live_keys(), tile, step, order, case.N, lists)
     items, codes = np.asarray(walk.items), np.asarray(walk.lists)

@@ -29,13 +29,14 @@ def test_uneven_tiles_are_dealt_evenly_each_head_by_its_own_weights():
     "lengths", [[32768], [4096] * 8, [16384] + [256] * 64, [512] * 64], ids=["one", "equal", "one long", "short"]
 )
 def test_tiles_of_documents_are_dealt_evenly_whatever_their_lengths(lengths, heads):
-    """Two of 16 heads at a time leave a block 24 % more than the mean where one document is all."""
-    dealt, tiles = schedule.to_and_fro(heads, 256), 256
+    """Dealing as if all took equally long leaves a block of 16 heads 7 % more than the mean where one document is long."""
+    tiles = 256
+    dealt = schedule.spread(heads, tiles, 16 << 20)
     assert not dealt.known
     assert sorted(dealt.items[dealt.items >= 0].tolist()) == list(range(heads * tiles))
     steps = np.sort(np.concatenate([np.arange(1, n // 128 + 1) for n in lengths]))  # of the n-th lightest
     work = np.where(dealt.items >= 0, steps[dealt.items % tiles] + 1, 0).sum(1)
-    assert work.max() <= 1.04 * work.mean()
+    assert work.max() <= 1.06 * work.mean()
 
 
 @pytest.mark.parametrize(("heads", "tiles", "megabytes"), [(64, 64, 4), (16, 256, 16), (8, 64, 33), (4, 256, 64)])

@@ -6,8 +6,8 @@ lists of tiles: tiles outside a row's live range are never visited, tiles inside
 between each row hides what lies outside its own range [first, end).
 
     forward   a block works off tiles of 2 × 64 queries of a head and walks each one's key tiles from right to left, so that
-              of a causal mask only the first is masked. The product with V of one tile runs under the softmax of the next, be
-              it of the same queries or of the next ones, which come while these are in use.
+              of a causal mask only the first is masked. The product with V of one tile runs under the softmax of the next, and
+              the queries of the next tile come while this one's are in use.
     backward  a block owns 2 × 64 keys of one KV head and walks the query tiles of the heads that read it, all or, where tiles
               are few, a part of them, whose shares are added up afterwards. S and dP are computed transposed, dK and dV stay
               in registers, and dQ is added up in float32 by TMA: five products a tile. The order of those additions varies;
@@ -40,7 +40,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from ulysses_jax.attention import schedule
 from ulysses_jax.attention.blocked import varying_like
 from ulysses_jax.attention.masks import Mask, make_mask, tile_ranges
-from ulysses_jax.attention.schedule import Order, dealt, in_order, last_round, parts_of_group, to_and_fro
+from ulysses_jax.attention.schedule import Order, dealt, in_order, last_round, parts_of_group, spread
 
 __all__ = ["HEAD_DIMS", "Tiling", "hopper_attention", "hopper_attention_backward", "hopper_lacks"]
 
@@ -49,7 +49,6 @@ ROWS = WGMMA.reduce(1)  # one value a row of a product
 COLUMNS = WGMMA.reduce(0)  # one value a column
 LOG2E = math.log2(math.e)
 LOWEST = -1e30  # the running maximum's start: finite, so that a row that saw nothing yet subtracts no infinities
-SLACK = 8.0  # the running maximum stays until a row's own is above it by this, in base 2; probabilities are at most 2⁸ then
 WARPGROUP_ROWS = 64  # rows of a product that one warpgroup holds
 
 # All of a block's computing threads have written what the tensor cores read next: one barrier for what would take three, one of
@@ -321,7 +320,7 @@ def _order_of_queries(mask: Mask, heads: int, tiles: int, key_bytes: int, rows: 
     weights = _steps_known(mask, rows, step, lists)
     if weights is None:
         if heads * tiles >= 4 * schedule.multiprocessors():
-            return to_and_fro(heads, tiles)
+            return spread(heads, tiles, key_bytes)
         return Order(in_order(heads, tiles, key_bytes, heaviest_last=True).reshape(-1, 1), known=False)
     return dealt(heads, tiles, key_bytes, weights, left)
 
@@ -405,6 +404,8 @@ def _forward_tiles(options: _Options, q: Array, k: Array, v: Array, mask: Mask, 
         order = Order(in_order(B * N, tiles, key_bytes, heaviest_last=True).reshape(-1, 1), _is_known(mask))
     walk = _Walk.of(mask.live_keys(), rows, block, order, N, lists)
     q_slots = min(2, order.items.shape[1])  # the next item's queries come while this one's are in use
+    # Where tiles have few steps, one begins beside the last product of the one before; it costs long ones 1 %.
+    beside = lists is not None and q_slots > 1
     broken = (
         jnp.zeros(1, jnp.float32) if mask.contiguous is None else jnp.where(mask.contiguous, 0.0, jnp.nan).astype(jnp.float32)
     )
@@ -423,20 +424,14 @@ def _forward_tiles(options: _Options, q: Array, k: Array, v: Array, mask: Mask, 
             plgpu.barrier_arrive(q_free.at[lax.rem(n, i32(q_slots))])
 
         def soften(x, top, total, hidden: Callable[[Array], Array]):
-            """Probabilities of one tile in 16 bits, the factor of what was added up before, the new running maximum and sum."""
+            """Probabilities of one tile in 16 bits, the new running maximum and sum, and the old ones' factor."""
             if options.soft_cap is not None:
                 x = options.soft_cap * jnp.tanh(x * (options.scale / options.soft_cap))
             x = hidden(x)
-            highest = x.max(axis=1)
-            new_top = jnp.where((highest - top) * options.exponent > SLACK, highest, top)
+            new_top = jnp.maximum(top, x.max(axis=1))
             fade = jnp.exp2((top - new_top) * options.exponent)
             p = jnp.exp2(x * options.exponent - lax.broadcast_in_dim(new_top * options.exponent, x.shape, [0]))
-            return p.astype(q.dtype), fade, new_top, total * fade + p.sum(axis=1)
-
-        def faded(acc, fade):
-            """acc · fade; as the maximum seldom moves, a warp none of whose rows fade goes around it."""
-            times = lambda x: x * lax.broadcast_in_dim(fade, x.shape, [0])  # noqa: E731
-            return times(acc) if options.interpret else lax.cond(_any_below_one(fade), times, lambda x: x, acc)
+            return p.astype(q.dtype), new_top, total * fade + p.sum(axis=1), fade
 
         def turn(mine, slot, before, acc, p, top, total, softened: Callable):
             """Q Kᵀ of a tile, beside P V of the tile before, under whose product the softmax of this one runs.
@@ -472,7 +467,7 @@ def _forward_tiles(options: _Options, q: Array, k: Array, v: Array, mask: Mask, 
             if options.interpret:
                 results = both_interpreted()
             else:
-                results = pl.run_state(both)((plgpu.ACC.init(acc), p, total, top, total))
+                results = pl.run_state(both)((plgpu.ACC.init(acc), p, top, total, total))
             plgpu.barrier_arrive(v_free.at[before])
             return results
 
@@ -512,46 +507,44 @@ def _forward_tiles(options: _Options, q: Array, k: Array, v: Array, mask: Mask, 
 
             x = pl.run_scoped(first_logits, plgpu.ACC((WARPGROUP_ROWS, block), jnp.float32))
             plgpu.barrier_arrive(k_free.at[slot])
-            p, _, top, total = soften(x, top_of_none, total_of_none, opening(n))
-            return p, top, total
+            if q_slots > 1 and not beside:
+                pl.when(n > 0)(lambda: store_and_free(n - 1))
+            return soften(x, top_of_none, total_of_none, opening(n))[:3]
 
         def attend(n, carry, count):
-            """Item n from after its first softmax to its output; beside its last product the next item begins.
+            """Item n to its output, from its beginning or, where the item before has begun it, from after its first softmax.
 
-            Beside that of the last item its own first tile does once more, for nothing: a way around it is a second loop over
-            steps, and with two of them ptxas runs every product to its end before the next.
+            Beside the last product of the last item its own first tile is begun once more, for nothing: a way around it is a
+            second loop over steps, and with two of them ptxas runs every product to its end before the next.
             """
-            done, p, top, total = carry
+            done, p, top, total = carry if beside else (carry, *begin(n, carry))
             tile, steps, mine, ranges = item(n)
 
             def step(i, carry, hide=None if partial_loop else False):
-                # What may branch comes before the products: nothing past a branch runs under them, or under exponentials.
-                acc, p, fade, top, total, code = carry
-                acc = faded(acc, fade)
-                if q_slots > 1:  # by now the output before is on its way
-                    pl.when((i == 2) & (n > 0))(lambda: store_and_free(n - 1))
+                acc, p, top, total, code = carry
                 following = tile.peek(i + 1)
                 slot, before = lax.rem(done + i, i32(stages)), lax.rem(done + i - 1, i32(stages))
+                if beside:  # by now the output before is on its way
+                    pl.when((i == 2) & (n > 0))(lambda: store_and_free(n - 1))
                 softened = lambda x: soften(x, top, total, hiding(tile, steps, ranges, i, code, hide))  # noqa: E731
-                return *turn(mine, slot, before, acc, p, top, total, softened), following
+                acc, p, top, total, fade = turn(mine, slot, before, acc, p, top, total, softened)
+                return acc * lax.broadcast_in_dim(fade, acc.shape, [0]), p, top, total, following
 
             acc = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, H), jnp.float32), WGMMA)
-            one = plgpu.layout_cast(jnp.ones((WARPGROUP_ROWS,), jnp.float32), ROWS)
-            carry = acc, p, one, top, total, tile.peek(1)
+            carry = acc, p, top, total, tile.peek(1)
             for i in range(1, 1 if partial_loop else masked_steps):
                 carry = step(jnp.minimum(steps, i), carry, hide=True)
-            acc, p, fade, top, total, _ = lax.fori_loop(i32(1 if partial_loop else masked_steps), steps, step, carry)
-            acc = faded(acc, fade)
+            acc, p, top, total, _ = lax.fori_loop(i32(1 if partial_loop else masked_steps), steps, step, carry)
 
             before = lax.rem(done + steps - 1, i32(stages))
-            if q_slots > 1:
+            following = ()
+            if beside:
                 pl.when((steps <= 2) & (n > 0))(lambda: store_and_free(n - 1))
                 pl.when(n + 1 < count)(lambda: plgpu.barrier_wait(q_here.at[lax.rem(n + 1, i32(q_slots))]))
                 after = jnp.minimum(n + 1, count - 1)
                 softened = lambda x: soften(x, top_of_none, total_of_none, opening(after))  # noqa: E731
                 slot = lax.rem(done + steps, i32(stages))
-                acc, *opened = turn(item(after)[2], slot, before, acc, p, top, total, softened)
-                following = opened[0], *opened[2:]
+                acc, *following, _ = turn(item(after)[2], slot, before, acc, p, top, total, softened)
             else:
                 plgpu.barrier_wait(v_here.at[before])
                 if options.interpret:
@@ -559,9 +552,8 @@ def _forward_tiles(options: _Options, q: Array, k: Array, v: Array, mask: Mask, 
                 else:
                     acc = pl.run_state(lambda ref: plgpu.wgmma(ref, p, v_smem.at[before]))(plgpu.ACC.init(acc))
                 plgpu.barrier_arrive(v_free.at[before])
-                following = p, top, total
             finish(tile, mine, acc, top, total)
-            return done + steps, *following
+            return (done + steps, *following) if beside else done + steps
 
         def finish(tile, mine, acc, top, total):
             """The output of an item leaves through the buffer of its queries."""
@@ -579,7 +571,7 @@ def _forward_tiles(options: _Options, q: Array, k: Array, v: Array, mask: Mask, 
         def compute():
             plgpu.set_max_registers(registers[0], action="increase")
             count, zero = _count(items), i32(0)
-            _each_item(items, functools.partial(attend, count=count), (zero, *begin(zero, zero)))
+            _each_item(items, functools.partial(attend, count=count), (zero, *begin(zero, zero)) if beside else zero)
             if q_slots > 1:
                 store_and_free(count - 1)
             plgpu.wait_smem_to_gmem(0)
@@ -616,16 +608,13 @@ def _forward_tiles(options: _Options, q: Array, k: Array, v: Array, mask: Mask, 
                 lax.fori_loop(i32(0), steps, fill, tile.peek(0))
                 return done + steps
 
-            done, again = _each_item(items, fill_item, i32(0)), 0
-            if q_slots > 1:  # what the last item's end begins: its keys count for nothing
-                tile, slot, again = (
-                    _Tile(items.at[lax.axis_index("block"), _count(items) - 1], lists),
-                    lax.rem(done, i32(stages)),
-                    1,
-                )
+            done, again = _each_item(items, fill_item, i32(0)), int(beside)
+            if beside:  # what the last item's end begins: its keys count for nothing
+                tile, slot = _Tile(items.at[lax.axis_index("block"), _count(items) - 1], lists), lax.rem(done, i32(stages))
                 pl.when(done >= stages)(lambda: plgpu.barrier_wait(k_free.at[slot]))
                 source = (tile.batch, pl.ds(0, block), lax.div(tile.head, i32(group)))
                 plgpu.copy_gmem_to_smem(k_ref.at[source], k_smem.at[slot], k_here.at[slot])
+            if q_slots > 1:
                 _drain(_count(items), q_slots, q_free)
             _drain(done + again, stages, k_free)
             _drain(done, stages, v_free)
@@ -897,7 +886,7 @@ def _keys_kernel(
                     if interpret:
                         dk = _product(dk, ds, q_smem.at[slot])
                     plgpu.barrier_arrive(do_free.at[slot])
-                    dq_smem.at[warpgroup][...] = dq
+                    dq_smem.at[warpgroup][...] = dq * options.scale
                     plgpu.commit_smem()
                     head, i, _ = tile.visit(n, code, group)  # again: to keep them over the products would spill registers
                     target = (batch, pl.ds(i * block, block), kv_head * group + head)
@@ -995,7 +984,7 @@ def _keys_kernel(
     if want_dq:
         # Tiles of keys that a query tile never meets leave their copies unwritten.
         dq = jnp.nansum(found["dq"], axis=(0, 1)) if interpret else jax.freeze(dq)
-        dq = (dq[:, :T] * options.scale).astype(q.dtype)
+        dq = dq[:, :T].astype(q.dtype)
 
     def whole(x):
         return x.reshape(B, -1, K // parts, parts, H).sum(3, dtype=jnp.float32).astype(x.dtype) if parts > 1 else x
@@ -1023,23 +1012,6 @@ def _ptx(text: str) -> None:
         llvm.inline_asm(ir.Type.parse("!llvm.void"), [], text, "", has_side_effects=True)
 
     inlined()  # pyright: ignore[reportCallIssue] — the context is Mosaic's to give
-
-
-def _any_below_one(rows: Array) -> Array:
-    """Is a row of this warp's below 1? Of the warp, as a warpgroup would have to meet to know."""
-    from jax.experimental.mosaic import gpu as mgpu
-    from jaxlib.mlir import ir
-    from jaxlib.mlir.dialects import arith, nvvm, vector
-
-    @plgpu.inline_mgpu(arg_types=(ROWS,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT(())))
-    def voted(context, rows) -> mgpu.FragmentedArray:
-        one, word = mgpu.c(1.0, ir.F32Type.get()), ir.IntegerType.get_signless(32)
-        mine = [vector.extract(x, dynamic_position=[], static_position=[0]) for x in rows.registers.flat]
-        below = [arith.cmpf(arith.CmpFPredicate.OLT, x, one) for x in mine]
-        vote = nvvm.vote_sync(mgpu.c(-1, word), functools.reduce(arith.ori, below), "any")
-        return mgpu.FragmentedArray.splat(arith.extui(word, vote), (), is_signed=True)
-
-    return voted(rows) > 0
 
 
 def _product(acc, a, b_ref):
