@@ -793,14 +793,13 @@ def _keys_kernel(
     columns = H // 2 if share else H  # of dQ, a warpgroup's
     interpret = bool(options.interpret)
     # Steps that pass before a step's queries are let go: its last product runs on beside the first one of the next.
-    lag = int(stages > 1)
+    lag = int(want_dq and stages > 1)
 
     def kernel(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, items, lists, first, end, *rest):
         refs, scratch = rest[:-1], rest[-1]
         outs = dict(zip([name for name in ("dq", "dk", "dv") if name in wanted], refs, strict=True))
         k_smem, v_smem, k_halves, q_smem, do_smem, lse_smem, delta_smem, ds_smem, dq_smem = scratch[:9]
         kv_here, q_here, do_here, q_free, do_free, met = scratch[9:]
-        frees = ((q_free, lag), (do_free, 0 if want_dq else lag))
         warpgroup = lax.axis_index("warpgroup")
         tile = _Tile(items.at[lax.axis_index("block"), 0], lists)
         batch, kv_head = tile.batch, tile.head
@@ -826,8 +825,7 @@ def _keys_kernel(
 
             def free(n):
                 """All products of step n − `lag` are done."""
-                for barrier, _ in frees[: 1 if want_dq else 2]:
-                    plgpu.barrier_arrive(barrier.at[lax.rem(n, i32(stages))])
+                plgpu.barrier_arrive(q_free.at[lax.rem(n, i32(stages))])
 
             def step(n, code, sums):
                 _, i, full = tile.visit(n, code, group)
@@ -900,6 +898,8 @@ def _keys_kernel(
                 if not lag:
                     if not interpret:
                         plgpu.wgmma_wait(0)
+                    if not want_dq:
+                        plgpu.barrier_arrive(do_free.at[slot])
                     free(n)
                 return (dk, dv) if interpret else sums
 
@@ -933,24 +933,23 @@ def _keys_kernel(
             for half in range(2 if share else 0):
                 plgpu.copy_gmem_to_smem(k_ref.at[(*keys, pl.ds(half * columns, columns))], k_halves.at[half], kv_here)
 
-            def wait_until_free(n, barrier, lag: int):
-                nth = n + lag
+            def wait_for(barrier, nth):
                 pl.when(nth >= stages)(lambda: plgpu.barrier_wait(barrier.at[lax.rem(nth, i32(stages))]))
 
             def fill(n, code, _):
                 head, i, _ = tile.visit(n, code, group)
                 head = kv_head * group + head
                 slot, at = lax.rem(n, i32(stages)), pl.ds(i * block, block)
-                wait_until_free(n, *frees[0])
+                wait_for(q_free, n + lag)
                 plgpu.copy_gmem_to_smem(q_ref.at[batch, at, head], q_smem.at[slot], q_here.at[slot])
                 plgpu.copy_gmem_to_smem(lse_ref.at[batch, head, at], lse_smem.at[slot], q_here.at[slot])
                 plgpu.copy_gmem_to_smem(delta_ref.at[batch, head, at], delta_smem.at[slot], q_here.at[slot])
-                wait_until_free(n, *frees[1])
+                wait_for(do_free, n)
                 plgpu.copy_gmem_to_smem(do_ref.at[batch, at, head], do_smem.at[slot], do_here.at[slot])
 
             each_step(fill, None)
-            for barrier, lag in frees:
-                _drain(steps + lag, stages, barrier)
+            _drain(steps + lag, stages, q_free)
+            _drain(steps, stages, do_free)
 
     padded = pl.cdiv(T, block) * block
     outs = {name: jax.ShapeDtypeStruct((B, tiles * rows, K, H), k.dtype) for name in ("dk", "dv") if name in wanted}
