@@ -151,3 +151,19 @@ def test_copies_of_heads_are_saved_too():
     per_token = 2 * 4096 + 2 * 64 * 128 + 4 * 64  # a layer's input, attention's output and its log of sums
     config = TrainConfig(**sizes, memory=MemoryConfig(save="attention"))
     assert costs.device_bytes(config)["activations"] == 32 * 131072 / 64 * per_token
+
+
+@pytest.mark.parametrize(("save", "beside"), [("projections", 0), ("products", 2 * (4096 + 2 * 11008))])
+def test_of_what_is_read_last_the_rest_stays(save, beside):
+    """Of 7B at 65,536 tokens on two devices a layer's input, q, k and v go; attention's output, its lse and the sum stay,
+    and with products the exchanged output, gate and up.
+    """
+    config, memory = recipes.recipe("llama-7b-64k"), MemoryConfig(save=save, offload_layers=1.0, offload_late=True)
+    config = dataclasses.replace(config, mesh=MeshConfig(seq=2), memory=memory)
+    of_all = 32 * config.data.seq_len // 2
+    assert costs.saved_bytes(config) == (of_all * (2 * 4096 + 4 * 32 + 2 * 4096 + beside), of_all * 2 * 4 * 4096)
+    again, whole = (
+        costs.recomputed_flops(config.model, dataclasses.replace(memory, offload_late=late), batch_size=1, seq_len=65536)
+        for late in (True, False)
+    )
+    assert whole - again == (2 * 65536 * 4096 * 4096 * 32 if save == "projections" else 0)

@@ -263,6 +263,10 @@ def test_a_run_starts_from_a_folder_and_is_exported_to_another(tmp_path, monkeyp
     assert len(modes) == 1, "safetensors leaves its files to their owner alone"
     for name, x in parameters(hf.load("back")).items():
         np.testing.assert_allclose(x, parameters(model)[name], rtol=1e-6, err_msg=name)
+    Path("there").rename("elsewhere")
+    assert cli.main(["export", "run", "short"]) == 0
+    assert "there could not be read, so its context length is the run's" in " ".join(capsys.readouterr().out.split())
+    Path("elsewhere").rename("there")
     assert cli.main([*RUN, "--out", "other", "--init-from", "there", "--model.num-kv-heads", "4"]) == 2
     assert "model.num_kv_heads is 4, but in there it is 2; set model.num_kv_heads to that." in capsys.readouterr().err
     assert cli.main(["export", "there", "away"]) == 2

@@ -112,7 +112,7 @@ def test_a_last_round_cut_in_parts_equals_the_oracle(N, K, short, monkeypatch):
 @pytest.fixture
 def two_multiprocessors(monkeypatch):
     """In place of 132, so that each block of a small case works off several tiles; gives the orders that are met."""
-    schedules, met, inner = (schedule.in_order, schedule.dealt), [], hopper._order_of_queries
+    schedules, met, inner = (schedule.in_order, schedule.dealt, schedule.spread), [], hopper._order_of_queries
 
     def order_of_queries(*arguments):
         met.append(inner(*arguments))

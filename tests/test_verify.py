@@ -38,9 +38,16 @@ def test_an_honest_run_is_equal(mesh, stage):
     assert max(verdict.errors.values()) < 1e-5
 
 
-def test_a_run_with_everything_on_the_host_is_equal():
+@pytest.mark.parametrize(
+    "memory",
+    [
+        MemoryConfig(offload_layers=1.0, offload_optimizer=True, offload_params=True),
+        MemoryConfig(save="projections", offload_layers=1.0, offload_late=True),
+    ],
+    ids=["all", "what is read last"],
+)
+def test_a_run_with_memory_on_the_host_is_equal(memory):
     """One device has no stage to divide its parameters by, nor to send them by: with the run's policy it is refused."""
-    memory = MemoryConfig(offload_layers=1.0, offload_optimizer=True, offload_params=True)
     assert verdict_of(config(MeshConfig(data=2, seq=4), memory=memory)).faults == []
 
 

@@ -84,7 +84,7 @@ class Checkpoints:
         """The newest undamaged save, laid out as `like`: a tree of `jax.ShapeDtypeStruct` with shardings.
 
         Args:
-          part: `like` lacks some of what was saved, which is not read.
+          part: `like` lacks some of what was saved, which is not read; not after a save or another kind of `restore`.
 
         Returns:
           (step, state), or None where nothing was ever saved.

@@ -318,8 +318,12 @@ def export(arguments: Sequence[str], console: Console) -> None:
 
     config = run_config(command.run)
     before = hf.context_length(config.init_from) if config.init_from is not None else 0
-    hf.save(load_run(command.run), command.folder, dtype=command.dtype, max_length=max(config.data.seq_len, before))
-    console.print(f"{command.folder} holds the weights of {command.run}, no tokenizer", highlight=False, soft_wrap=True)
+    length = max(config.data.seq_len, before)
+    hf.save(load_run(command.run), command.folder, dtype=command.dtype, max_length=length)
+    told = f"{command.folder} holds the weights of {command.run}, no tokenizer"
+    if config.init_from is not None and not before:
+        told += f"; {config.init_from} could not be read, so its context length is the run's {length:,} tokens"
+    console.print(told, highlight=False, soft_wrap=True)
 
 
 def show_plan(found: "Plan", compiled: dict[str, float] | None, model: str, console: Console) -> None:

@@ -57,7 +57,8 @@ def verify(config: TrainConfig, mesh: Mesh) -> Verdict:
     """
     check_platform(config.implementation, mesh.devices.flat[0].platform)
     small = shrink(config)
-    memory = dataclasses.replace(small.memory, offload_layers=0.0, offload_optimizer=False, offload_params=False)
+    here = {"offload_layers": 0.0, "offload_late": False, "offload_optimizer": False, "offload_params": False}
+    memory = dataclasses.replace(small.memory, **here)
     alone = dataclasses.replace(small, mesh=MeshConfig(), zero_stage=0, accumulation=1, memory=memory)
     one = build(alone, make_mesh(devices=list(mesh.devices.flat[:1])))
     many = build(small, mesh)
