@@ -156,7 +156,8 @@ def test_copies_of_heads_are_saved_too():
 @pytest.mark.parametrize(("save", "beside"), [("projections", 0), ("products", 2 * (4096 + 2 * 11008))])
 def test_of_what_is_read_last_the_rest_stays(save, beside):
     """Of 7B at 65,536 tokens on two devices a layer's input, q, k and v go; attention's output, its lse and the sum stay,
-    and with products the exchanged output, gate and up."""
+    and with products the exchanged output, gate and up.
+    """
     config, memory = recipes.recipe("llama-7b-64k"), MemoryConfig(save=save, offload_layers=1.0, offload_late=True)
     config = dataclasses.replace(config, mesh=MeshConfig(seq=2), memory=memory)
     of_all = 32 * config.data.seq_len // 2
