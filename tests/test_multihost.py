@@ -22,6 +22,7 @@ from ulysses_jax.data import Packing, open_corpus, place
 from ulysses_jax.mesh import make_mesh
 from ulysses_jax.recipes import recipe
 from ulysses_jax.report import claim, read_metrics
+from ulysses_jax.runtime import alone
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
 # Not bit for bit (another library adds up over processes than within one): a few units in the last place of float32.
@@ -167,6 +168,17 @@ def test_two_processes_go_on_from_the_save_of_one(one, cache, tmp_path):
     found = losses(out)
     assert min(found) == 3
     assert [found[3], found[4]] == pytest.approx([one.loss(3), one.loss(4)], rel=CLOSE)
+
+
+@pytest.mark.slow
+def test_a_run_that_another_is_at_refuses_both_processes(one, cache, tmp_path):
+    """Broken by: process 0 alone knowing of it, for whom process 1 then waits."""
+    out = tmp_path / "one"
+    claim(out, CONFIG, one.corpus.fingerprint)
+    with alone(out), two_processes(out, cache) as (script, _, said):
+        assert script.wait(100) == 2, said.read_text()
+        assert "is being trained by another process" in said.read_text()
+        assert "Traceback" not in said.read_text()
 
 
 def launch(tmp_path: Path, command: str, **variables: str) -> subprocess.CompletedProcess:

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from ulysses_jax import recipes
 from ulysses_jax.config import CheckpointConfig, MemoryConfig, MeshConfig, TrainConfig, to_dict
-from ulysses_jax.report import alone, claim, conclude, describe, draw_losses, read_metrics, read_summary, reporting
+from ulysses_jax.report import claim, conclude, describe, draw_losses, read_metrics, read_summary, reporting
 
 CONFIG = recipes.recipe("demo")
 SUMMARY = {
@@ -39,15 +39,6 @@ def test_a_claimed_folder_holds_the_whole_config_and_can_be_claimed_again(tmp_pa
     claim(out, CONFIG, "corpus")
     assert (out / "config.json").read_text() == before
     assert [path.name for path in out.iterdir()] == ["config.json"]
-
-
-def test_a_run_is_one_processs_at_a_time(tmp_path):
-    """A second start would write over the first's log, and save into its folder."""
-    claim(tmp_path, CONFIG, "corpus")
-    with alone(tmp_path), pytest.raises(ValueError, match="is being trained by another process; wait"), alone(tmp_path):
-        pass
-    with alone(tmp_path):  # let go of again
-        pass
 
 
 def test_a_process_that_may_not_write_leaves_no_folder(tmp_path):

@@ -134,3 +134,12 @@ def test_a_second_ctrl_c_interrupts_at_once():
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
         assert stop.signal == signal.SIGINT
+
+
+def test_a_folder_is_one_runs_at_a_time(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    refused = pytest.raises(ValueError, match="is being trained by another process; wait")
+    with runtime.alone(tmp_path), refused, runtime.alone(tmp_path):
+        pass
+    with runtime.alone(tmp_path):  # let go of again
+        pass

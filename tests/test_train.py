@@ -35,7 +35,7 @@ from ulysses_jax.config import CheckpointConfig, DataConfig, MeshConfig, Optimiz
 from ulysses_jax.data import place
 from ulysses_jax.mesh import make_mesh
 from ulysses_jax.model import Transformer
-from ulysses_jax.runtime import Stop
+from ulysses_jax.runtime import Stop, alone
 from ulysses_jax.train import build
 
 STEPS = 20
@@ -283,6 +283,20 @@ def test_another_run_is_refused_its_folder(text, tmp_path, monkeypatch):
     interrupt(config, out, monkeypatch, stop_at=1)
     with pytest.raises(ValueError, match=r"--out .* holds another run: there optimizer.learning_rate is 0.003, here 0.1"):
         train.run(dataclasses.replace(config, optimizer=OptimizerConfig(learning_rate=0.1, warmup_steps=5)), out, QUIET)
+
+
+def test_a_run_that_another_process_is_at_is_refused_or_found_complete(text, uninterrupted, tmp_path, monkeypatch):
+    """A second start would write over the first's log, save into its folder, or finish it again."""
+    config, out = run_config(text), tmp_path / "run"
+    interrupt(config, out, monkeypatch, stop_at=1)
+    with alone(out), pytest.raises(ValueError, match="is being trained by another process; wait for its end"):
+        train.run(config, out, QUIET)
+    summary = uninterrupted[0] / "summary.json"
+    seen = [None, json.loads(summary.read_text())]  # the other ends between the first look and the lock
+    monkeypatch.setattr(train, "read_summary", lambda out: seen.pop(0))
+    assert train.run(config, out, QUIET) == json.loads(summary.read_text())
+    assert seen == []
+    assert not (out / "summary.json").exists()
 
 
 def test_a_complete_run_is_not_run_again(text, uninterrupted):

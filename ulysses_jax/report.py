@@ -10,7 +10,6 @@ Only process 0 of a run writes or tells anything.
 """
 
 import dataclasses
-import fcntl
 import importlib
 import json
 import math
@@ -104,25 +103,6 @@ def claim(out: Path, config: TrainConfig, corpus: str, *, write: bool = True) ->
             f"--out {out} was trained on other files than data.source {config.data.source!r} now holds (their names or sizes "
             "changed), so its order of tokens cannot go on. Restore the files, or name another folder."
         )
-
-
-@contextmanager
-def alone(out: Path) -> Iterator[None]:
-    """Keep every other process from the run in `out`, where the file system knows locks.
-
-    Raises:
-      ValueError: another process is at it.
-    """
-    with (out / "config.json").open("r+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"--out {out} is being trained by another process; wait for its end, stop it, or name another folder."
-            ) from None
-        except OSError:  # a file system without locks
-            pass
-        yield
 
 
 def read_summary(out: Path) -> Metrics | None:

@@ -1,18 +1,21 @@
-"""Processes: joining the others of a multi-host run, and stopping when asked.
+"""Processes: joining the others of a multi-host run, keeping other runs out of its folder, and stopping when asked.
 
 One process a host (or a GPU) is started by Slurm or by hand; `initialize` joins them before anything touches a device.
 """
 
+import fcntl
 import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import IO
 
 import jax
 from jax.experimental import multihost_utils
 
-__all__ = ["PATIENCE", "Stop", "check_memory", "host_memory", "initialize", "reserve_memory", "stopping"]
+__all__ = ["PATIENCE", "Stop", "alone", "check_memory", "host_memory", "initialize", "reserve_memory", "stopping"]
 
 PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
 
@@ -113,6 +116,32 @@ def _integer(name: str) -> int:
             f"JAX_COORDINATOR_ADDRESS is set, but {name} is {os.environ.get(name)!r}; it must be an integer. Set "
             "JAX_NUM_PROCESSES and JAX_PROCESS_ID for each process, or unset JAX_COORDINATOR_ADDRESS."
         ) from None
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Keep every other run from training in a run's folder, by a lock on its config.json; process 0 holds it for all of them.
+
+    Raises:
+      ValueError, in every process: another run is at it. Not where the file system knows no locks.
+    """
+    with (out / "config.json").open("r+") if jax.process_index() == 0 else nullcontext() as file:
+        if multihost_utils.broadcast_one_to_all(file is not None and not _locks(file)):
+            raise ValueError(
+                f"--out {out} is being trained by another process; wait for its end, stop it, or name another folder."
+            )
+        yield
+
+
+def _locks(file: IO) -> bool:
+    """Whether nobody else has the file locked."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True
 
 
 class Stop:

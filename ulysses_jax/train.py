@@ -33,8 +33,8 @@ from ulysses_jax.loss import token_losses
 from ulysses_jax.memory import HOST, stream_update, to_host
 from ulysses_jax.mesh import DATA, RING, SEQ, make_mesh, token_order, token_spec
 from ulysses_jax.model import Transformer
-from ulysses_jax.report import alone, claim, conclude, describe, draw_losses, read_metrics, read_summary, reporting
-from ulysses_jax.runtime import Stop, stopping
+from ulysses_jax.report import claim, conclude, describe, draw_losses, read_metrics, read_summary, reporting
+from ulysses_jax.runtime import Stop, alone, stopping
 from ulysses_jax.ulysses import ShardAttention
 from ulysses_jax.zero import Stored, Unshard, hold, zero_shardings
 
@@ -314,17 +314,18 @@ def run(config: TrainConfig, out: Path, console: Console | None = None, *, stop:
     speaks = jax.process_index() == 0
     claim(out, config, corpus.fingerprint, write=speaks)
     console = console if speaks else Console(quiet=True)
-    if (summary := read_summary(out)) is not None:
-        console.print(f"{out} is complete: {config.steps} steps, {describe(summary)}.", highlight=False)
+    if (summary := _read_complete(out, config, console)) is not None:
         return summary
 
     program = build(config, mesh)
     listening = stopping() if stop is None else contextlib.nullcontext(stop)
     with (
-        alone(out) if speaks else contextlib.nullcontext(),
+        alone(out),
         Checkpoints(out / "checkpoints", keep=config.checkpoint.keep) as checkpoints,
         listening as stop,
     ):
+        if (summary := _read_complete(out, config, console)) is not None:  # by a run that ended meanwhile
+            return summary
         first, state = checkpoints.restore(program.abstract) or (0, None)
         if first:
             console.print(f"continuing from step {first}", highlight=False)
@@ -340,9 +341,9 @@ def run(config: TrainConfig, out: Path, console: Console | None = None, *, stop:
             )
             return None
         summary = _summary(program, state, corpus, out)
-    if speaks:
-        _finish(out, summary)
-        conclude(console, out, summary)
+        if speaks:
+            _finish(out, summary)
+    conclude(console, out, summary)
     return summary
 
 
@@ -459,6 +460,12 @@ def _summary(program: Program, state: State, corpus: Corpus, out: Path) -> dict[
         summary |= {"loss": steps[-1]["loss"], "tokens_per_s": float(np.median(speeds))}
     if "eval_bits_per_byte" in summary:
         summary["unigram_bits_per_byte"] = byte_entropy(corpus.held_out)
+    return summary
+
+
+def _read_complete(out: Path, config: TrainConfig, console: Console) -> dict[str, float] | None:
+    if (summary := read_summary(out)) is not None:
+        console.print(f"{out} is complete: {config.steps} steps, {describe(summary)}.", highlight=False)
     return summary
 
 
