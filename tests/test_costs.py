@@ -9,6 +9,7 @@ import pytest
 
 from tests.trainers import FAST, MODEL, collectives
 from ulysses_jax import costs, recipes
+from ulysses_jax.attention.hopper import HEAD_DIMS
 from ulysses_jax.config import DataConfig, MemoryConfig, MeshConfig, TrainConfig
 from ulysses_jax.mesh import make_mesh
 from ulysses_jax.ulysses import ulysses_attention
@@ -167,3 +168,18 @@ def test_of_what_is_read_last_the_rest_stays(save, beside):
         for late in (True, False)
     )
     assert whole - again == (2 * 65536 * 4096 * 4096 * 32 if save == "projections" else 0)
+
+
+@pytest.mark.parametrize(("head_dim", "as_run"), [(128, 128), (96, 128), (64, 64), (320, 320)])
+def test_the_kernels_that_pad_heads_take_the_time_of_what_they_run(head_dim, as_run):
+    """Their FLOPs are padded, and neither those of other implementations nor what is saved."""
+    config, gpu = recipes.recipe("gpt-30b-128k"), costs.GPUS["h100"]
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, head_dim=head_dim), implementation="pallas")
+    other = dataclasses.replace(config, implementation="xla")
+    seconds = [costs.step_seconds(x, gpu)["attention"] for x in (config, other)]
+    assert seconds[0] / seconds[1] == pytest.approx(as_run / head_dim)
+    assert costs.saved_bytes(config) == costs.saved_bytes(other)
+
+
+def test_the_heads_that_kernels_have_are_these():
+    assert tuple(HEAD_DIMS) == costs.KERNEL_HEAD_DIMS

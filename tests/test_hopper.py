@@ -43,6 +43,13 @@ INTERPRETED = {
 }
 
 
+def test_heads_are_saved_as_they_are_not_as_they_are_padded():
+    q = jax.ShapeDtypeStruct((1, 128, 2, 96), jnp.bfloat16)
+    attend = functools.partial(hopper_attention, mask=make_mask(128, is_causal=True), scale=0.1)
+    saved = jax.eval_shape(lambda q, k, v: jax.vjp(lambda *x: attend(*x)[0], q, k, v)[1], q, q, q)
+    assert {x.shape for x in jax.tree.leaves(saved) if x.ndim == 4} == {q.shape}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", INTERPRETED)
 def test_interpreted_equals_the_oracle_and_has_no_races(name, monkeypatch):

@@ -201,7 +201,7 @@ class MemoryConfig:
     """the fraction of layers whose saved activations wait in the host's pinned memory; with `offload_params` of tokens"""
     offload_late: bool = False
     """of those layers only what their backward reads last, the input, queries, keys and values, goes there, to come back while
-    the MLP's is computed; attention's output and the sum after it stay. For save="projections" or "products" in all layers"""
+    the MLP's is computed; the rest and the sum after attention stay. For save="projections" or "products" in all layers"""
     mlp_tile: int | None = None
     """tokens whose hidden activations [tile, F] exist at one time; all of a device's by default"""
     loss_tile: int = 2048

@@ -112,6 +112,8 @@ def recomputed_flops(config: ModelConfig, memory: MemoryConfig, *, batch_size: i
 
 
 # Dense bfloat16 FLOP/s of vendors' datasheets, by a part of `device_kind`; the first that fits counts.
+KERNEL_HEAD_DIMS = (64, 128, 256)  # of the Pallas kernels, which pad what lies between
+
 PEAKS = {
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
@@ -368,10 +370,12 @@ def step_seconds(config: TrainConfig, gpu: Gpu) -> dict[str, float]:
     work = _as_dealt(config)
     kernel = model.num_layers * attention_flops(pairs, work.num_heads, model.head_dim)
     group, named = memory.group(model.num_layers), config.implementation != "cudnn"
-    kernels_again = sum(x.save == "inputs" or (not named and x.save != "all") for x in group) / len(group) * kernel
-    again = recomputed_flops(work, memory, **sizes, named=named) - kernels_again
+    share = sum(x.save == "inputs" or (not named and x.save != "all") for x in group) / len(group)  # whose kernel runs again
+    again = recomputed_flops(work, memory, **sizes, named=named) - share * kernel
     matrices = (step_flops(work, **sizes, pairs=0) + again) / n / gpu.gemm_flops
-    attention = (3.5 * kernel + kernels_again) / n / gpu.attention_flops
+    if config.implementation == "pallas":  # which pads heads
+        kernel *= next((size for size in KERNEL_HEAD_DIMS if size >= model.head_dim), model.head_dim) / model.head_dim
+    attention = (3.5 + share) * kernel / n / gpu.attention_flops
     tokens = config.data.batch_size * config.data.seq_len / n
     passes = size * tokens * (60 * model.embed_dim + 30 * model.mlp_dim) * model.num_layers
     total = sum(parameter_counts(model).values()) / (n if config.zero_stage else 1)

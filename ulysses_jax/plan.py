@@ -215,8 +215,8 @@ def policies(num_layers: int) -> Iterator[MemoryConfig]:
         for f in (1, 0.5, 0.25)
     ]
     kinds += [{"save": "attention", "save_layers": f} for f in (1, 0.75, 0.5, 0.25)] + [{"save": "inputs"}]
-    states = ((False, False), (True, False), (True, True))
     kinds += [{"save": save, "save_layers": 1, "offload_late": True} for save in ("products", "projections")]
+    states = ((False, False), (True, False), (True, True))
     for kind, sent, tile, (optimizer, params) in itertools.product(kinds, (0, 0.25, 0.5, 0.75, 1), (None, 8192), states):
         if (tile and kind["save"] == "products") or ("offload_late" in kind and not sent):
             continue
@@ -246,10 +246,13 @@ def make_plan(model: ModelConfig, gpu: costs.Gpu, devices: int, length: int, *, 
 
 
 def _kernel(gpu: costs.Gpu, model: ModelConfig) -> Any:
-    """The implementation of attention that this GPU has for the model (`attention.resolve` chooses on a GPU)."""
-    if model.dtype != "bfloat16":
+    """The implementation of attention that `attention.resolve` has for the model on this GPU, without documents."""
+    if model.dtype != "bfloat16" or model.head_dim > max(costs.KERNEL_HEAD_DIMS):
         return "xla"
-    return "cudnn" if "A100" in gpu.name else "pallas"
+    if "A100" not in gpu.name:
+        return "pallas"
+    lacks = model.logits_soft_cap is not None or model.attention_sinks or model.head_dim > 128
+    return "xla" if lacks else "cudnn"
 
 
 def longest_plan(model: ModelConfig, gpu: costs.Gpu, devices: int, *, host_limit: float) -> Plan | None:

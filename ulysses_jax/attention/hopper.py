@@ -129,10 +129,10 @@ def hopper_attention(
       deterministic: add up dQ in a fixed order, so that the backward is bit-equal every time.
       interpret: run on the CPU by Mosaic's interpreter (`plgpu.InterpretGPUParams`); for tests.
     """
-    options = _Options(scale, logits_soft_cap, deterministic, interpret)
-    T, H = q.shape[1], q.shape[3]
-    out, lse = cast(tuple[Array, Array], _attention(options, *_whole(q, k, v), mask))
-    return out[:, :T, :, :H], lse[:, :, :T]
+    options, T = _Options(scale, logits_soft_cap, deterministic, interpret), q.shape[1]
+    q, k, v = (_pad(x, 1, 8) for x in (q, k, v))  # TMA wants lengths in eights
+    out, lse = cast(tuple[Array, Array], _attention(options, q, k, v, mask))
+    return out[:, :T], lse[:, :, :T]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -164,17 +164,17 @@ def hopper_attention_backward(
     interpret: Any = False,
 ) -> tuple[Array, Array, Array]:
     """The share of these keys in (dQ, dK, dV), where `out` and `lse` may come from more keys than these."""
-    options, (_, T, _, H), S = _Options(scale, logits_soft_cap, deterministic, interpret), q.shape, k.shape[1]
-    q, k, v, out, d_out = _whole(q, k, v, out, d_out)
+    options, T, S = _Options(scale, logits_soft_cap, deterministic, interpret), q.shape[1], k.shape[1]
+    q, k, v, out, d_out = (_pad(x, 1, 8) for x in (q, k, v, out, d_out))
     lse = _pad(lse, 2, 8, -jnp.inf)
     dq, dk, dv = _backward(options, q, k, v, mask, out, lse, d_out, jnp.zeros_like(lse))
-    return dq[:, :T, :, :H], dk[:, :S, :, :H], dv[:, :S, :, :H]
+    return dq[:, :T], dk[:, :S], dv[:, :S]
 
 
-def _whole(*arrays: Array) -> Iterator[Array]:
-    """[B, T, N, H] padded to lengths in eights, which TMA wants, and to a head size that the kernels have."""
+def _with_heads_padded(*arrays: Array) -> Iterator[Array]:
+    """[B, T, N, H] with H padded to a size that the kernels have. What a step saves is not."""
     size = next(size for size in HEAD_DIMS if size >= arrays[0].shape[3])
-    return (_pad(_pad(x, 1, 8), 3, size) for x in arrays)
+    return (_pad(x, 3, size) for x in arrays)
 
 
 def _attention_bwd(options: _Options, saved, cotangents):
@@ -192,17 +192,20 @@ def _backward(options: _Options, q, k, v, mask: Mask, out, lse, d_out, d_lse) ->
     delta = (d_out.astype(jnp.float32) * out).sum(-1).swapaxes(1, 2) - d_lse
     # In base 2, and +inf where nothing was seen: exp2(x − inf) = 0.
     lse2 = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2E)
-    gradients = functools.partial(_by_keys, options, q, k, v, d_out.astype(q.dtype), lse2, delta, mask)
+    H = q.shape[3]
+    q, k, v, d_out = _with_heads_padded(q, k, v, d_out.astype(q.dtype))
+    gradients = functools.partial(_by_keys, options, q, k, v, d_out, lse2, delta, mask)
     tilings = HEAD_DIMS[q.shape[-1]]
     if tilings.fused and not options.deterministic:
         dq, dk, dv = gradients({"dq", "dk", "dv"})
     else:
-        dq = _queries_kernel(options, q, k, v, d_out.astype(q.dtype), lse2, delta, mask)
+        dq = _queries_kernel(options, q, k, v, d_out, lse2, delta, mask)
         if tilings.fused:
             _, dk, dv = gradients({"dk", "dv"})
         else:
             dk, dv = gradients({"dk"})[1], gradients({"dv"})[2]
-    return varying_like(dq, q), varying_like(dk, k), varying_like(dv, v)
+    dq, dk, dv = (varying_like(cast(Array, gradient)[..., :H], x) for gradient, x in ((dq, q), (dk, k), (dv, v)))
+    return dq, dk, dv
 
 
 class _Walk(NamedTuple):
@@ -369,6 +372,8 @@ def _hide(x: Array, ranges: tuple[Array, ...], column) -> Array:
 
 def _forward(options: _Options, q: Array, k: Array, v: Array, mask: Mask) -> tuple[Array, Array]:
     """(out, lse); where all tiles take equally long, the last few are cut along their keys and shared by all (`last_round`)."""
+    size = q.shape[3]
+    q, k, v = _with_heads_padded(q, k, v)
     (B, T, N, H), S = q.shape, k.shape[1]
     rows, block, left, parts = 2 * WARPGROUP_ROWS, HEAD_DIMS[H].forward.block, 0, 1
     if HEAD_DIMS[H].persistent and _hides_nothing(mask, T, S) and T % rows == 0 and S % block == 0:
@@ -382,7 +387,7 @@ def _forward(options: _Options, q: Array, k: Array, v: Array, mask: Mask) -> tup
         whole = jax.nn.logsumexp(lses, axis=0)
         merged = (some * jnp.exp(lses - whole).swapaxes(1, 2)[..., None]).sum(0)[:, 0]
         out, lse = out.at[-1, last, -1].set(merged.astype(out.dtype)), lse.at[-1, -1, last].set(whole[0])
-    return out, lse
+    return out[..., :size], lse
 
 
 def _forward_tiles(options: _Options, q: Array, k: Array, v: Array, mask: Mask, left: int = 0) -> tuple[Array, Array]:
@@ -436,7 +441,7 @@ def _forward_tiles(options: _Options, q: Array, k: Array, v: Array, mask: Mask, 
         def turn(mine, slot, before, acc, p, top, total, softened: Callable):
             """Q Kᵀ of a tile, beside P V of the tile before, under whose product the softmax of this one runs.
 
-            (acc + P V, and what `softened` makes of the logits); whose queries `mine` are, the tile before need not know.
+            (acc + P V, and what `softened` makes of the logits); `mine` may be another item's queries.
             """
             plgpu.barrier_wait(k_here.at[slot])
 
@@ -483,7 +488,7 @@ def _forward_tiles(options: _Options, q: Array, k: Array, v: Array, mask: Mask, 
         total_of_none = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS,), jnp.float32), ROWS)
 
         def hiding(tile, steps, ranges, i, code, hide: bool | None) -> Callable[[Array], Array]:
-            """What hides from the logits of step i what their rows do not see; None: where the tile hides something."""
+            """What hides, of the logits of step i, those that their rows do not see; None: where the tile hides something."""
             if hide is False:
                 return lambda x: x
             _, j, full = tile.visit(i, code, end=tile.first + steps)
@@ -491,7 +496,7 @@ def _forward_tiles(options: _Options, q: Array, k: Array, v: Array, mask: Mask, 
             return hidden if hide else lambda x: lax.cond(full(), lambda x: x, hidden, x)
 
         def opening(n):
-            """What hides from item n's first logits."""
+            """What hides, of item n's first logits, those that their rows do not see."""
             tile, steps, _, ranges = item(n)
             return hiding(tile, steps, ranges, i32(0), tile.peek(0), True)
 
@@ -514,8 +519,8 @@ def _forward_tiles(options: _Options, q: Array, k: Array, v: Array, mask: Mask, 
         def attend(n, carry, count):
             """Item n to its output, from its beginning or, where the item before has begun it, from after its first softmax.
 
-            Beside the last product of the last item its own first tile is begun once more, for nothing: a way around it is a
-            second loop over steps, and with two of them ptxas runs every product to its end before the next.
+            Beside the last product of the last item its own first tile is begun once more, for nothing: the way around it would
+            be a second loop over steps, and with two of them ptxas runs every product to its end before the next.
             """
             done, p, top, total = carry if beside else (carry, *begin(n, carry))
             tile, steps, mine, ranges = item(n)
@@ -933,19 +938,18 @@ def _keys_kernel(
             for half in range(2 if share else 0):
                 plgpu.copy_gmem_to_smem(k_ref.at[(*keys, pl.ds(half * columns, columns))], k_halves.at[half], kv_here)
 
-            def wait_for(barrier, nth):
-                pl.when(nth >= stages)(lambda: plgpu.barrier_wait(barrier.at[lax.rem(nth, i32(stages))]))
-
             def fill(n, code, _):
                 head, i, _ = tile.visit(n, code, group)
                 head = kv_head * group + head
                 slot, at = lax.rem(n, i32(stages)), pl.ds(i * block, block)
-                wait_for(q_free, n + lag)
+                pl.when(n >= stages)(lambda: plgpu.barrier_wait(q_free.at[lax.rem(n + lag, i32(stages))]))
                 plgpu.copy_gmem_to_smem(q_ref.at[batch, at, head], q_smem.at[slot], q_here.at[slot])
                 plgpu.copy_gmem_to_smem(lse_ref.at[batch, head, at], lse_smem.at[slot], q_here.at[slot])
                 plgpu.copy_gmem_to_smem(delta_ref.at[batch, head, at], delta_smem.at[slot], q_here.at[slot])
-                wait_for(do_free, n)
+                pl.when(n >= stages)(lambda: plgpu.barrier_wait(do_free.at[slot]))
                 plgpu.copy_gmem_to_smem(do_ref.at[batch, at, head], do_smem.at[slot], do_here.at[slot])
+                if lag:  # the first to be let go was never filled
+                    pl.when(n == stages - 1)(lambda: plgpu.barrier_wait(q_free.at[0]))
 
             each_step(fill, None)
             _drain(steps + lag, stages, q_free)

@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 WORTH = 40  # steps of 1.7 µs
-RISES = (0.0, 0.7, 1.5, 3.0, 8.0)
+RISES = (0.0, 0.7, 1.5, 3.0, 8.0)  # powers: how many items, and how heavy tiles may grow towards a head's heaviest
 SHARED_L2 = 32 << 20  # bytes that the heads walked at one time may read over and over; an H100 has 50 MB of L2
 
 
@@ -105,8 +105,8 @@ def spread(heads: int, tiles: int, bytes_a_head: int) -> Order:
 
     Whatever they are, from a head's lightest tile to its heaviest they rise, and a block that has no more than others of x^p,
     x = n/tiles, for each p of `RISES`, has no more of their steps either. Each item goes where the squares of blocks' shares of
-    these grow least. Simulated with documents of equal lengths, of lognormal ones and of one long among many short: the block
-    that is done last has 3 % more than the mean, at most 6 %.
+    these grow least. Simulated with documents of equal lengths, of lognormal ones and of one long among many short, 30 items a
+    block: the one that is done last has 3 % more than the mean, at most 6 %; with 8 items a block up to 14 %.
     """
     rises = ((np.arange(tiles) + 0.5) / tiles) ** np.array(RISES)[:, None]
     rises /= rises.sum(1, keepdims=True)
