@@ -271,6 +271,13 @@ class _Tile:
         return lax.rem(i, i32(heads)), j, lambda: (j >= self.full_first) & (j < self.full_end)
 
 
+def _items_of_parts(left: int, parts: int, first_tile: int, steps: int) -> np.ndarray:
+    """Items, one a block, of `left` tiles from `first_tile` on, each in parts of so many steps; nothing is hidden."""
+    tile, part = np.divmod(np.arange(left * parts), parts)
+    first, end, zero = part * steps, (part + 1) * steps, np.zeros_like(part)
+    return np.stack([part, zero, first_tile + tile, first, end, first, end, zero + 1], axis=1)[:, None].astype(np.int32)
+
+
 def _key_lists(mask: Mask, rows: int, step: int, least: int = 1):
     """The codes and counts by which tiles of queries walk a block mask; None without one."""
     if mask.blocks is None:
@@ -381,18 +388,22 @@ def _forward(options: _Options, q: Array, k: Array, v: Array, mask: Mask) -> tup
     out, lse = _forward_tiles(options, q, k, v, mask, left)
     if left:
         last = slice(T - left * rows, T)
-        q = jnp.broadcast_to(q[-1:, last, -1:], (parts, left * rows, 1, H))
-        k, v = (x[-1, :, -1].reshape(parts, S // parts, 1, H) for x in (k, v))
-        some, lses = _forward_tiles(options, q, k, v, make_mask(left * rows, S // parts))
-        whole = jax.nn.logsumexp(lses, axis=0)
-        merged = (some * jnp.exp(lses - whole).swapaxes(1, 2)[..., None]).sum(0)[:, 0]
-        out, lse = out.at[-1, last, -1].set(merged.astype(out.dtype)), lse.at[-1, -1, last].set(whole[0])
+        some, lses = _forward_tiles(options, q, k, v, mask, left, parts)
+        some, lses, highest = some[:, :, 0], lses[:, 0], lses[:, 0].max(0)
+        weights = jnp.exp(lses - highest)
+        merged = (some * weights[..., None]).sum(0) / weights.sum(0)[:, None]
+        whole = highest + jnp.log(weights.sum(0))
+        out, lse = out.at[-1, last, -1].set(merged.astype(out.dtype)), lse.at[-1, -1, last].set(whole)
     return out[..., :size], lse
 
 
-def _forward_tiles(options: _Options, q: Array, k: Array, v: Array, mask: Mask, left: int = 0) -> tuple[Array, Array]:
-    """(out, lse), without the last `left` tiles of the last head."""
-    B, T, N, H = q.shape
+def _forward_tiles(
+    options: _Options, q: Array, k: Array, v: Array, mask: Mask, left: int = 0, parts: int = 0
+) -> tuple[Array, Array]:
+    """(out, lse), without the last `left` tiles of the last head; or, with `parts`, of these alone, for each such part of the
+    keys: [parts, left · 128, 1, H], [parts, 1, left · 128].
+    """
+    (B, T, N, H), S = q.shape, k.shape[1]
     group = N // k.shape[2]
     tilings = HEAD_DIMS[H]
     block, stages, registers = tilings.forward
@@ -403,11 +414,16 @@ def _forward_tiles(options: _Options, q: Array, k: Array, v: Array, mask: Mask, 
     tiles = pl.cdiv(T, rows)
     lists = _key_lists(mask, rows, block, masked_steps)
     key_bytes = 2 * k.nbytes // (B * N)
-    if tilings.persistent:
+    if parts:
+        order = Order(np.arange(parts * left).reshape(-1, 1), known=True)
+    elif tilings.persistent:
         order = _order_of_queries(mask, B * N, tiles, key_bytes, rows, block, lists, left)
     else:
         order = Order(in_order(B * N, tiles, key_bytes, heaviest_last=True).reshape(-1, 1), _is_known(mask))
     walk = _Walk.of(mask.live_keys(), rows, block, order, N, lists)
+    if parts:  # a part stands where a batch index would
+        walk = walk._replace(items=jnp.asarray(_items_of_parts(left, parts, tiles - left, S // block // parts)))
+    out_at = (tiles - left) * rows if parts else 0
     q_slots = min(2, order.items.shape[1])  # the next item's queries come while this one's are in use
     # Where tiles have few steps, one begins beside the last product of the one before; it costs long ones 1 %.
     beside = lists is not None and q_slots > 1
@@ -422,6 +438,10 @@ def _forward_tiles(options: _Options, q: Array, k: Array, v: Array, mask: Mask, 
         def steps_of(tile: _Tile):
             """How many tiles are walked, from right to left; those past the end, where little is seen, are hidden."""
             return jnp.maximum(tile.end - tile.first, masked_steps)
+
+        def heads_of(tile: _Tile):
+            """(batch index, head) of the queries."""
+            return (i32(B - 1), i32(N - 1)) if parts else (tile.batch, tile.head)
 
         def store_and_free(n):
             """The output that left through the buffer of item n's queries is out of it: they may be overwritten."""
@@ -567,7 +587,7 @@ def _forward_tiles(options: _Options, q: Array, k: Array, v: Array, mask: Mask, 
             weight = jnp.where(seen, 1.0 / total, 0.0) + broken_ref[tile.batch if broken_ref.shape[0] > 1 else 0]
             mine[...] = (acc * lax.broadcast_in_dim(weight, acc.shape, [0])).astype(q.dtype)
             lse = jnp.where(seen, top * (options.exponent / LOG2E) + jnp.log(total), -jnp.inf)
-            own = pl.ds(tile.index * rows + warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
+            own = pl.ds(tile.index * rows + warpgroup * WARPGROUP_ROWS - out_at, WARPGROUP_ROWS)
             lse_ref.at[tile.batch, tile.head, own][...] = lse
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(mine, out_ref.at[tile.batch, own, tile.head])
@@ -592,19 +612,20 @@ def _forward_tiles(options: _Options, q: Array, k: Array, v: Array, mask: Mask, 
                 q_slot = lax.rem(n, i32(q_slots))
                 if q_slots > 1:
                     pl.when(n >= q_slots)(lambda: plgpu.barrier_wait(q_free.at[q_slot]))
+                batch, head = heads_of(tile)
                 for half in range(2):
-                    source = (tile.batch, pl.ds(tile.index * rows + half * WARPGROUP_ROWS, WARPGROUP_ROWS), tile.head)
+                    source = (batch, pl.ds(tile.index * rows + half * WARPGROUP_ROWS, WARPGROUP_ROWS), head)
                     plgpu.copy_gmem_to_smem(q_ref.at[source], q_smem.at[q_slot, half], q_here.at[q_slot])
                 plgpu.copy_gmem_to_smem(item, item_smem.at[q_slot, pl.ds(0, 8)], q_here.at[q_slot])
                 for ref, smem in ((first, first_smem), (end, end_smem)):
                     source = _rows_at(ref, tile.batch, tile.index * rows, rows)
                     plgpu.copy_gmem_to_smem(source, smem.at[q_slot], q_here.at[q_slot])
-                kv_head = lax.div(tile.head, i32(group))
+                kv_head = lax.div(head, i32(group))
 
                 def fill(i, code):
                     following = tile.peek(i + 1)
                     slot = lax.rem(done + i, i32(stages))
-                    source = (tile.batch, pl.ds(tile.visit(i, code, end=tile.first + steps)[1] * block, block), kv_head)
+                    source = (batch, pl.ds(tile.visit(i, code, end=tile.first + steps)[1] * block, block), kv_head)
                     for ref, smem, here, free in ((k_ref, k_smem, k_here, k_free), (v_ref, v_smem, v_here, v_free)):
                         pl.when(done + i >= stages)(functools.partial(plgpu.barrier_wait, free.at[slot]))
                         plgpu.copy_gmem_to_smem(ref.at[source], smem.at[slot], here.at[slot])
@@ -624,13 +645,16 @@ def _forward_tiles(options: _Options, q: Array, k: Array, v: Array, mask: Mask, 
             _drain(done + again, stages, k_free)
             _drain(done, stages, v_free)
 
-    lengths = (tiles * rows,)
+    batches, length, heads = (parts, left * rows, 1) if parts else (B, tiles * rows, N)
     out, lse = _launch(
         kernel,
         "ulysses_attention_forward",
         options,
         blocks=len(order.items),
-        out=(jax.ShapeDtypeStruct((B, *lengths, N, H), q.dtype), jax.ShapeDtypeStruct((B, N, *lengths), jnp.float32)),
+        out=(
+            jax.ShapeDtypeStruct((batches, length, heads, H), q.dtype),
+            jax.ShapeDtypeStruct((batches, heads, length), jnp.float32),
+        ),
         scratch=[
             _smem((q_slots, 2, WARPGROUP_ROWS, H), q.dtype),
             _smem((stages, block, H), q.dtype),
