@@ -288,7 +288,7 @@ def _after(rows: slice, dims: tuple[int, ...]) -> tuple[int, ...]:
 def context_length(folder: str | Path) -> int:
     """Tokens that the model of a Hugging Face folder takes, by its `max_position_embeddings`; 0 where that cannot be read."""
     try:
-        return int(json.loads((Path(folder).expanduser() / "config.json").read_text())["max_position_embeddings"])
+        return int(json.loads((Path(folder) / "config.json").read_text())["max_position_embeddings"])
     except (OSError, ValueError, KeyError, TypeError):
         return 0
 
