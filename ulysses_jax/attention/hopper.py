@@ -572,10 +572,7 @@ def _forward_tiles(
                 acc, *following, _ = turn(item(after)[2], slot, before, acc, p, top, total, softened)
             else:
                 plgpu.barrier_wait(v_here.at[before])
-                if options.interpret:
-                    acc = _product(acc, p, v_smem.at[before])
-                else:
-                    acc = pl.run_state(lambda ref: plgpu.wgmma(ref, p, v_smem.at[before]))(plgpu.ACC.init(acc))
+                acc = _added(acc, p, v_smem.at[before], options.interpret)
                 plgpu.barrier_arrive(v_free.at[before])
             finish(tile, mine, acc, top, total)
             return (done + steps, *following) if beside else done + steps
@@ -721,10 +718,7 @@ def _queries_kernel(options: _Options, q, k, v, d_out, lse2, delta, mask: Mask) 
 
                 ds = pl.run_scoped(products, *(plgpu.ACC((WARPGROUP_ROWS, block), jnp.float32),) * 2)
                 plgpu.barrier_arrive(v_free.at[slot])
-                if options.interpret:
-                    dq = _product(dq, ds, k_smem.at[slot])
-                else:
-                    dq = pl.run_state(lambda ref: plgpu.wgmma(ref, ds, k_smem.at[slot]))(plgpu.ACC.init(dq))
+                dq = _added(dq, ds, k_smem.at[slot], options.interpret)
                 plgpu.barrier_arrive(k_free.at[slot])
                 return dq, following
 
@@ -1046,6 +1040,13 @@ def _product(acc, a, b_ref):
     acc = acc + lax.dot_general(a, b_ref[...], (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
     plgpu.commit_smem()  # the read above went around the asynchronous proxy: order it before the next copy
     return acc
+
+
+def _added(acc, a, b_ref, interpret):
+    """acc + a b, both values, once it is done."""
+    if interpret:
+        return _product(acc, a, b_ref)
+    return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b_ref))(plgpu.ACC.init(acc))
 
 
 def _accumulate(acc, a, b_ref, interpret: bool):

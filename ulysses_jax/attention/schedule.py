@@ -11,17 +11,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-__all__ = [
-    "Order",
-    "busy",
-    "dealt",
-    "in_order",
-    "last_round",
-    "multiprocessors",
-    "parts_of_group",
-    "side_by_side",
-    "spread",
-]
+__all__ = ["Order", "busy", "dealt", "in_order", "last_round", "multiprocessors", "parts_of_group", "side_by_side", "spread"]
 
 WORTH = 40  # steps of 1.7 µs
 RISES = (0.0, 0.7, 1.5, 3.0, 8.0)  # powers: how many items, and how heavy tiles may grow towards a head's heaviest
