@@ -1,5 +1,6 @@
 """Which block of threads takes which tiles: all once, evenly, the heavy ones first."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -31,12 +32,33 @@ def test_uneven_tiles_are_dealt_evenly_each_head_by_its_own_weights():
 def test_tiles_of_documents_are_dealt_evenly_whatever_their_lengths(lengths, heads):
     """Dealing as if all took equally long leaves a block of 16 heads 7 % more than the mean where one document is long."""
     tiles = 256
-    dealt = schedule.spread(heads, tiles, 16 << 20)
+    dealt = schedule.spread(heads, tiles, 4 << 20)
     assert not dealt.known
     assert sorted(dealt.items[dealt.items >= 0].tolist()) == list(range(heads * tiles))
     steps = np.sort(np.concatenate([np.arange(1, n // 128 + 1) for n in lengths]))  # of the n-th lightest
-    work = np.where(dealt.items >= 0, steps[dealt.items % tiles] + 1, 0).sum(1)
+    steps = np.where(dealt.items >= 0, steps[dealt.items % tiles], -1)
+    work = (steps + 1).sum(1)
     assert work.max() <= 1.06 * work.mean()
+    slots = np.asarray(schedule.evened(jnp.asarray(steps)))
+    assert sorted(slots.ravel().tolist()) == list(range(steps.size))
+    evened = steps.ravel()[slots]
+    np.testing.assert_array_equal(evened < 0, steps < 0)
+    work = (evened + 1).sum(1)
+    assert work.max() <= 1.012 * work.mean()
+
+
+@pytest.mark.parametrize(
+    ("steps", "evened"),
+    [
+        ([[5, 9], [2, 1], [1, 1], [6, 6]], [[1, 9], [6, 1], [5, 1], [2, 6]]),
+        ([[7, -1], [1, -1], [3, 3], [4, 1]], [[7, -1], [3, -1], [1, 3], [4, 1]]),
+        ([[7], [2], [3]], [[7], [2], [3]]),
+    ],
+    ids=["two pairs", "an exchange that would be for the worse, and no items", "an odd one"],
+)
+def test_the_fullest_block_and_the_emptiest_exchange_what_leaves_them_least_apart(steps, evened):
+    slots = np.asarray(schedule.evened(jnp.asarray(steps)))
+    assert np.asarray(steps).ravel()[slots].tolist() == evened
 
 
 @pytest.mark.parametrize(("heads", "tiles", "megabytes"), [(64, 64, 4), (16, 256, 16), (8, 64, 33), (4, 256, 64)])

@@ -40,7 +40,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from ulysses_jax.attention import schedule
 from ulysses_jax.attention.blocked import varying_like
 from ulysses_jax.attention.masks import Mask, make_mask, tile_ranges
-from ulysses_jax.attention.schedule import Order, dealt, in_order, last_round, parts_of_group, spread
+from ulysses_jax.attention.schedule import Order, dealt, evened, in_order, last_round, parts_of_group, spread
 
 __all__ = ["HEAD_DIMS", "Tiling", "hopper_attention", "hopper_attention_backward", "hopper_lacks"]
 
@@ -241,8 +241,12 @@ class _Walk(NamedTuple):
         if not order.known:  # the n-th of a head's tiles is the n-th lightest
             index = pick(jnp.argsort(ranges[..., 1] - ranges[..., 0], axis=-1))
         told = (jnp.asarray(x, i32)[..., None] for x in (batch, head, index))
+        told = jnp.concatenate([*told, pick(ranges)], axis=2)
+        if not order.known and taken.shape[1] > 1:
+            steps = jnp.maximum(told[..., 4] - told[..., 3], 0)
+            told = told.reshape(-1, told.shape[2])[evened(jnp.where(order.items >= 0, steps, -1))]
         items = jnp.asarray(np.broadcast_to(items, taken.shape)[..., None], i32)
-        return cls(jnp.concatenate([*told, pick(ranges), items], axis=2), codes, first, end)
+        return cls(jnp.concatenate([told, items], axis=2), codes, first, end)
 
 
 class _Tile:

@@ -1,7 +1,8 @@
 """Which block of threads of a GPU works off which tiles of attention, and in which order.
 
 What counts is that no multiprocessor idles at the end, that what many tiles read stays in the L2 cache, and that a tile's
-beginning passes under the end of the one before. Plain numpy: all of this is decided before compiling.
+beginning passes under the end of the one before. Plain numpy: all of this is decided before compiling, but for `evened`, by
+which the GPU mends what could not be known.
 """
 
 import functools
@@ -9,13 +10,15 @@ import heapq
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
-__all__ = ["Order", "busy", "dealt", "in_order", "last_round", "multiprocessors", "parts_of_group", "side_by_side", "spread"]
+__all__ = ["Order", "busy", "dealt", "evened", "in_order", "last_round", "multiprocessors", "parts_of_group", "side_by_side", "spread"]
 
 WORTH = 40  # steps of 1.7 µs
 RISES = (0.0, 0.7, 1.5, 3.0, 8.0)  # powers: how many items, and how heavy tiles may grow towards a head's heaviest
-SHARED_L2 = 32 << 20  # bytes that the heads walked at one time may read over and over; an H100 has 50 MB of L2
+SHARED_L2 = 8 << 20  # bytes that the heads walked at one time may read over and over; an H100 has 50 MB of L2, in two halves
 
 
 @functools.cache
@@ -108,6 +111,29 @@ def spread(heads: int, tiles: int, bytes_a_head: int) -> Order:
         had[block] += more
         shares[block].append(item)
     return Order(_rows_of([items for items in shares if items]), known=False)
+
+
+def evened(steps: Array) -> Array:
+    """What `spread` dealt, `steps` [blocks, items of a block], −1 where there is none, evened out by one exchange a block: for
+    each slot which slot's item comes there, as an index into all slots.
+
+    The fullest block and the emptiest, the next fullest and the next emptiest, and so on, exchange those two items that leave
+    them least apart. Simulated as above, at 30 items a block the one that is done last has 0.5 % more than the mean, for 3 %.
+    """
+    blocks, most = steps.shape
+    slots = jnp.arange(steps.size, dtype=jnp.int32).reshape(steps.shape)
+    weights = jnp.where(steps >= 0, steps + 1, 0)
+    sums = weights.sum(1)
+    by_sum = jnp.argsort(sums)
+    empty, full = by_sum[: blocks // 2], by_sum[::-1][: blocks // 2]
+    gap, a, b = (sums[full] - sums[empty])[:, None, None], weights[full][:, :, None], weights[empty][:, None, :]
+    apart = jnp.where((a > 0) & (b > 0), jnp.abs(gap - 2 * (a - b)), gap)  # who has no item has none to give
+    best = apart.reshape(blocks // 2, -1)
+    nth = best.argmin(1)
+    better = best.min(1) < gap[:, 0, 0]
+    i, j = nth // most, nth % most
+    ours, theirs = slots[full, i], slots[empty, j]
+    return slots.at[full, i].set(jnp.where(better, theirs, ours)).at[empty, j].set(jnp.where(better, ours, theirs))
 
 
 def last_round(items: int, tiles: int, steps: int) -> tuple[int, int]:
