@@ -378,7 +378,9 @@ def _hide(x: Array, ranges: tuple[Array, ...], column) -> Array:
     first, end = ranges
     columns = plgpu.broadcasted_iota(i32, x.shape, 1, layout=WGMMA) + column
     across = lambda row: lax.broadcast_in_dim(row, x.shape, [0])  # noqa: E731
-    return jnp.where((columns >= across(first)) & (columns < across(end)), x, -jnp.inf)
+    # Unsigned, what lies before `first` is far beyond the range's length: one comparison for two.
+    length = jnp.maximum(end - first, 0).astype(jnp.uint32)
+    return jnp.where((columns - across(first)).astype(jnp.uint32) < across(length), x, -jnp.inf)
 
 
 def _forward(options: _Options, q: Array, k: Array, v: Array, mask: Mask) -> tuple[Array, Array]:
@@ -431,6 +433,8 @@ def _forward_tiles(
     q_slots = min(2, order.items.shape[1])  # the next item's queries come while this one's are in use
     # Where tiles have few steps, one begins beside the last product of the one before; it costs long ones 1 %.
     beside = lists is not None and q_slots > 1
+    # Held in registers through a tile, its queries spare shared memory a fifth of what is read of it.
+    held = H <= 128 and not beside and not options.interpret
     broken = (
         jnp.zeros(1, jnp.float32) if mask.contiguous is None else jnp.where(mask.contiguous, 0.0, jnp.nan).astype(jnp.float32)
     )
@@ -462,10 +466,10 @@ def _forward_tiles(
             p = jnp.exp2(x * options.exponent - lax.broadcast_in_dim(new_top * options.exponent, x.shape, [0]))
             return p.astype(q.dtype), new_top, total * fade + p.sum(axis=1), fade
 
-        def turn(mine, slot, before, acc, p, top, total, softened: Callable):
+        def turn(queries, slot, before, acc, p, top, total, softened: Callable):
             """Q Kᵀ of a tile, beside P V of the tile before, under whose product the softmax of this one runs.
 
-            (acc + P V, and what `softened` makes of the logits); `mine` may be another item's queries.
+            (acc + P V, and what `softened` makes of the logits); the queries may be another item's.
             """
             plgpu.barrier_wait(k_here.at[slot])
 
@@ -473,7 +477,7 @@ def _forward_tiles(
                 acc_ref, *softened_refs = refs
 
                 def logits(x_ref):
-                    plgpu.wgmma(x_ref, mine, k_smem.at[slot].transpose((1, 0)))
+                    plgpu.wgmma(x_ref, queries, k_smem.at[slot].transpose((1, 0)))
                     plgpu.barrier_wait(v_here.at[before])
                     plgpu.wgmma(acc_ref, p, v_smem.at[before])
                     return plgpu.wgmma_accumulator_load(x_ref, wait_n=1)
@@ -485,7 +489,7 @@ def _forward_tiles(
 
             def both_interpreted():
                 def logits(x_ref):
-                    plgpu.wgmma(x_ref, mine, k_smem.at[slot].transpose((1, 0)))
+                    plgpu.wgmma(x_ref, queries, k_smem.at[slot].transpose((1, 0)))
                     return plgpu.wgmma_accumulator_load(x_ref, wait_n=0)
 
                 x = pl.run_scoped(logits, plgpu.ACC((WARPGROUP_ROWS, block), jnp.float32))
@@ -525,20 +529,21 @@ def _forward_tiles(
             return hiding(tile, steps, ranges, i32(0), tile.peek(0), True)
 
         def begin(n, done):
-            """The first logits of item n and their softmax, by themselves."""
+            """The queries of item n, and the softmax of its first logits by itself."""
             plgpu.barrier_wait(q_here.at[lax.rem(n, i32(q_slots))])
+            queries = plgpu.load(item(n)[2], layout=WGMMA) if held else item(n)[2]
             slot = lax.rem(done, i32(stages))
             plgpu.barrier_wait(k_here.at[slot])
 
             def first_logits(acc):
-                plgpu.wgmma(acc, item(n)[2], k_smem.at[slot].transpose((1, 0)))
+                plgpu.wgmma(acc, queries, k_smem.at[slot].transpose((1, 0)))
                 return acc[...]
 
             x = pl.run_scoped(first_logits, plgpu.ACC((WARPGROUP_ROWS, block), jnp.float32))
             plgpu.barrier_arrive(k_free.at[slot])
             if q_slots > 1 and not beside:
                 pl.when(n > 0)(lambda: store_and_free(n - 1))
-            return soften(x, top_of_none, total_of_none, opening(n))[:3]
+            return queries, *soften(x, top_of_none, total_of_none, opening(n))[:3]
 
         def attend(n, carry, count):
             """Item n to its output, from its beginning or, where the item before has begun it, from after its first softmax.
@@ -546,7 +551,7 @@ def _forward_tiles(
             Beside the last product of the last item its own first tile is begun once more, for nothing: the way around it would
             be a second loop over steps, and with two of them ptxas runs every product to its end before the next.
             """
-            done, p, top, total = carry if beside else (carry, *begin(n, carry))
+            done, queries, p, top, total = (carry[0], item(n)[2], *carry[1:]) if beside else (carry, *begin(n, carry))
             tile, steps, mine, ranges = item(n)
 
             def step(i, carry, hide=None if partial_loop else False):
@@ -556,7 +561,7 @@ def _forward_tiles(
                 if beside:  # by now the output before is on its way
                     pl.when((i == 2) & (n > 0))(lambda: store_and_free(n - 1))
                 softened = lambda x: soften(x, top, total, hiding(tile, steps, ranges, i, code, hide))  # noqa: E731
-                acc, p, top, total, fade = turn(mine, slot, before, acc, p, top, total, softened)
+                acc, p, top, total, fade = turn(queries, slot, before, acc, p, top, total, softened)
                 return acc * lax.broadcast_in_dim(fade, acc.shape, [0]), p, top, total, following
 
             acc = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, H), jnp.float32), WGMMA)
@@ -597,7 +602,7 @@ def _forward_tiles(
         def compute():
             plgpu.set_max_registers(registers[0], action="increase")
             count, zero = _count(items), i32(0)
-            _each_item(items, functools.partial(attend, count=count), (zero, *begin(zero, zero)) if beside else zero)
+            _each_item(items, functools.partial(attend, count=count), (zero, *begin(zero, zero)[1:]) if beside else zero)
             if q_slots > 1:
                 store_and_free(count - 1)
             plgpu.wait_smem_to_gmem(0)
