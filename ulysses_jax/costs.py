@@ -270,17 +270,17 @@ def device_bytes(config: TrainConfig) -> dict[str, float]:
 
     The state is exact; the working set is fitted to compiled steps (`experiments/plan_check.py`): three times a layer's
     gathered weights (its own, the next one's, a gradient in float32), and the most of what attention's backward (8 arrays of
-    queries' and 6.4 of keys' size) and the MLP's (4 of D and 5.3 of F) have in flight.
+    queries' size, 5.4 where parameters wait on the host, and 6.4 of keys') and the MLP's (4 of D and 5.3 of F) have in flight.
     """
     model, memory, n, size = config.model, config.memory, config.mesh.size, _itemsize(config.model)
     tokens, counts = _tokens(config), parameter_counts(config.model)
     D, H, F, V, work = model.embed_dim, model.head_dim, model.mlp_dim, model.vocab_size, _as_dealt(config)
     total, layer = sum(counts.values()), (counts["attention"] + counts["mlp"]) / model.num_layers
     tile = min(memory.mlp_tile or tokens, tokens)
-    attention = tokens * (8 * work.num_heads + 6.4 * work.num_kv_heads) * H
+    away = _streamed(config)
+    attention = tokens * ((5.4 if away else 8) * work.num_heads + 6.4 * work.num_kv_heads) * H
     in_flight = size * max(attention, tokens * 4 * D + tile * 5.3 * F)
     loss = min(memory.loss_tile, tokens) * V * 10 + V * D * (8 + size) + 2 * tokens * D * size
-    away = _streamed(config)
     here = total - away
     fetched = 8 * layer / n if away else 0  # a layer's piece in float32 and its gradient
     update = 10 * here / n if away else 0  # of the parts that are no layers, at once
