@@ -392,6 +392,20 @@ def ring_steps(config: train.TrainConfig, batches: list) -> tuple[list[dict[str,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("save", "forward"), [("inputs", 2), ("attention", 1), ("projections", 1)])
+def test_what_a_step_saves_of_a_ring_is_not_computed_again(save, forward):
+    """Losing a name breaks it: the backward then sends all keys around the ring once more to begin with."""
+    own = tiny(mask_documents=False, memory={"save": save})
+    own = dataclasses.replace(own, mesh=MeshConfig(ring=2, seq=2))
+    mesh, model = make_mesh(**dataclasses.asdict(own.mesh)), own.model
+    p = train.build(own, mesh)
+    found = ledger(hlo(p.step.lower(p.abstract, train.batch_shapes(own, mesh)).compile(FAST)), mesh)
+    sent = sum(c.bytes * c.times for c in found if c.kind == "collective-permute")
+    kv = 2 * 4 * own.data.batch_size * own.data.seq_len // 2 * max(model.num_kv_heads, 2) // 2 * model.head_dim
+    assert sent == model.num_layers * kv * (forward * (2 - 1) + 2 * 2)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("mask_documents", "window"), [(True, None), (False, None), (True, 5)])
 def test_training_on_a_ring_follows_one_device(mask_documents, window):
     """Traps 1, 6, 7. Ids left in the mesh's order, or positions made anew on the mesh, break it; so do ids put in order where a

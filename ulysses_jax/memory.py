@@ -1,9 +1,9 @@
 """What a step keeps for its backward, computes again, cuts into tiles, or sends to the host: `config.MemoryConfig`, done.
 
 The model marks by name what is worth keeping: "layer_input", "attention_in" (queries, keys and values as the kernel takes
-them), "attention_out" and "attention_lse" (inside the attention itself, "pallas" and "xla"; cuDNN's kernel is run again),
-"attention_exchanged", "attention_sum" and "mlp_products". A policy keeps some of these names, on the device or in the host's
-pinned memory. The scan over layers has one body, so a fraction of layers is a fraction of a group of layers, which is the body.
+them), "attention_out" and "attention_lse" (inside the attention itself, "pallas" and "xla", and the ring; cuDNN's kernel is run
+again), "attention_exchanged", "attention_sum" and "mlp_products". A policy keeps some of these names, on the device or in the
+host's pinned memory. The scan over layers has one body, so a fraction of layers is a fraction of a group of layers, the body.
 """
 
 import functools

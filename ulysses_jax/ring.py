@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 
 from ulysses_jax.attention import (
     Mask,
@@ -240,6 +241,7 @@ def _ring(options: _Options, q: Array, k: Array, v: Array, segment_ids: Array | 
 def _ring_fwd(options: _Options, q: Array, k: Array, v: Array, segment_ids: Array | None, sinks: Array | None):
     turns = _turns_here(options, q.shape[1], segment_ids)
     whole = turns.whole()
+    q, k, v = (checkpoint_name(x, "attention_in") for x in (q, k, v))
 
     def add(turn, sums, keys, values):
         out, lse = attend(q, keys, values, turns.sight(whole, turn), options.attention)
@@ -258,6 +260,7 @@ def _ring_fwd(options: _Options, q: Array, k: Array, v: Array, segment_ids: Arra
     out = out.astype(q.dtype)
     if sinks is not None:  # after the merge, and once; to the backward it is keys that came from elsewhere
         out, lse = with_sinks(out, lse, sinks)
+    out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
     return out, (q, k, v, segment_ids, sinks, out, lse)
 
 

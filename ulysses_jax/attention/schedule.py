@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-__all__ = ["Order", "busy", "dealt", "evened", "in_order", "last_round", "multiprocessors", "parts_of_group", "side_by_side", "spread"]
+__all__ = ["Order", "busy", "dealt", "evened", "in_order", "last_round", "multiprocessors", "parts_of_group", "spread"]
 
 WORTH = 40  # steps of 1.7 µs
 RISES = (0.0, 0.7, 1.5, 3.0, 8.0)  # powers: how many items, and how heavy tiles may grow towards a head's heaviest
