@@ -1,8 +1,9 @@
 """The Hopper kernels without a GPU: their walk against the dense mask, their arithmetic and protocol in Mosaic's interpreter,
 and that every configuration lowers for CUDA.
 
-Interpreted, three things stand in for what the interpreter lacks: products whose left operand is in registers are plain ones,
-the accumulators around them are values, and dQ is written by each tile of keys apart and summed, in place of TMA's addition.
+Interpreted, four things stand in for what the interpreter lacks: products whose left operand is in registers are plain ones,
+but the forward's queries stay in shared memory, accumulators are values, and dQ is written by each tile of keys apart and
+summed, in place of TMA's addition.
 """
 
 import functools
@@ -189,9 +190,7 @@ LOWERED = {
 }
 
 
-@pytest.mark.parametrize("name", LOWERED)
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_every_configuration_lowers_for_cuda(head_dim, name):
+def lowered_for_cuda(head_dim: int, name: str) -> str:
     options = dict(LOWERED[name])
     packed, cap, deterministic = (options.pop(key, None) for key in ("packed", "cap", "deterministic"))
     T, N, K = 1000, 8, 2
@@ -206,10 +205,22 @@ def test_every_configuration_lowers_for_cuda(head_dim, name):
 
     shape = lambda heads: jax.ShapeDtypeStruct((2, T, heads, head_dim), jnp.bfloat16)  # noqa: E731
     ids = jax.ShapeDtypeStruct((2, T), jnp.int32)
-    lowered = jax.jit(step).trace(shape(N), shape(K), shape(K), shape(N), ids).lower(lowering_platforms=("cuda",))
+    return jax.jit(step).trace(shape(N), shape(K), shape(K), shape(N), ids).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("name", LOWERED)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_every_configuration_lowers_for_cuda(head_dim, name):
     fused = HEAD_DIMS[head_dim].fused
-    kernels = (2 if fused and not deterministic else 3) + (0 if fused else 1)
-    assert lowered.as_text().count("custom_call @mosaic_gpu") == kernels
+    kernels = (2 if fused and name != "deterministic" else 3) + (0 if fused else 1)
+    assert lowered_for_cuda(head_dim, name).count("custom_call @mosaic_gpu") == kernels
+
+
+@pytest.mark.parametrize("name", ["packed", "blocks"])
+def test_under_x64_they_lower_the_same(name):
+    """A sum of int32 that becomes an int64 breaks it."""
+    with jax.enable_x64(True):
+        assert lowered_for_cuda(128, name).count("custom_call @mosaic_gpu") == 2
 
 
 def walked(ranges: np.ndarray, tiles: int) -> tuple[np.ndarray, np.ndarray]:
@@ -301,6 +312,27 @@ def test_items_are_the_tiles_of_each_head_of_each_sequence_with_their_steps(name
     for batch, head in np.ndindex(case.B, case.N):
         found = [met[batch, head, n] for n in range(tiles)]
         assert [index for index, _ in found] == list(range(tiles)) if known else sorted(found, key=lambda x: x[1]) == found
+
+
+@pytest.mark.parametrize("name", [name for name in WALKED if "packed" in name])
+def test_blocks_exchange_items_whole_and_keep_their_number(name, monkeypatch):
+    """Counts that move with the items break it, as does an exchange that gives one item to two."""
+    case = WALKED[name]
+    mask, sizes = make_mask(case.T, **case.mask_options()), (case.B * case.N, 8, 1 << 20)
+    for cached in (schedule.spread, schedule.in_order):
+        cached.cache_clear()
+    monkeypatch.setattr(schedule, "multiprocessors", lambda: 5)
+    order, lists = schedule.spread(*sizes), hopper._key_lists(mask, 128, 64)
+    found = [np.asarray(hopper._Walk.of(mask.live_keys(), 128, 64, order, case.N, lists).items)]
+    monkeypatch.setattr(hopper, "evened", lambda steps: np.arange(steps.size).reshape(steps.shape))
+    found.append(np.asarray(hopper._Walk.of(mask.live_keys(), 128, 64, order, case.N, lists).items))
+    for cached in (schedule.spread, schedule.in_order):
+        cached.cache_clear()
+    evened, dealt = found
+    np.testing.assert_array_equal(evened[:, :, 7], dealt[:, :, 7])
+    assert (evened != dealt).any()
+    evened, dealt = (sorted(map(tuple, items[order.items >= 0][:, :7].tolist())) for items in found)
+    assert evened == dealt
 
 
 @pytest.mark.parametrize("step", [64, 128])

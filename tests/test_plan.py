@@ -11,8 +11,9 @@ import pytest
 
 from tests.trainers import compiled_step, hlo, program, tiny
 from ulysses_jax import cli, costs, recipes
+from ulysses_jax.attention import Options, make_mask, resolve
 from ulysses_jax.config import MemoryConfig
-from ulysses_jax.plan import certify, ledger, longest_plan, make_plan, policies
+from ulysses_jax.plan import _kernel, certify, ledger, longest_plan, make_plan, policies
 
 H100, GIB = costs.GPUS["h100"], 2**30
 
@@ -90,6 +91,38 @@ def test_a_policy_is_chosen_that_fits_and_none_that_fits_is_faster():
     assert roomier is not None
     assert roomier.seconds["step"] < plan.seconds["step"]
     assert roomier.config.memory.offload_layers
+
+
+@pytest.mark.parametrize("gpu", ["h100", "a100"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"head_dim": 96},
+        {"head_dim": 256},
+        {"head_dim": 320},
+        {"logits_soft_cap": 30.0},
+        {"attention_sinks": True},
+        {"local_window_size": 100},
+        {"local_window_size": 100, "is_causal": False},
+        {"dtype": "float32"},
+    ],
+    ids=str,
+)
+def test_the_gpu_has_the_attention_that_a_plan_is_for(gpu, options, monkeypatch):
+    """cuDNN for whatever it lacks, or the kernels for heads beyond theirs, break it."""
+    name = costs.GPUS[gpu].name
+    monkeypatch.setattr("ulysses_jax.attention._device", lambda: ("gpu", name))
+    monkeypatch.setattr("ulysses_jax.attention.check_platform", lambda *_: None)
+    model = dataclasses.replace(recipes.MODELS["llama3-8b"](), **options)
+    window = model.local_window_size and (model.local_window_size, 0 if model.is_causal else model.local_window_size)
+    mask = make_mask(256, is_causal=model.is_causal, local_window_size=window)
+    q = jax.ShapeDtypeStruct((1, 256, 2, model.head_dim), model.dtype)
+    named = _kernel(costs.GPUS[gpu], model)
+    found = Options(model.head_dim**-0.5, model.logits_soft_cap, named)
+    assert resolve(q, mask, found, model.attention_sinks) == named  # pyright: ignore[reportArgumentType]
+    best = resolve(q, mask, found._replace(implementation=None), model.attention_sinks)  # pyright: ignore[reportArgumentType]
+    assert (named == best) or (named, best, gpu) == ("pallas", "cudnn", "h100")
 
 
 def test_the_longest_fits_and_a_little_longer_does_not():

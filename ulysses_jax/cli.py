@@ -333,7 +333,8 @@ def show_plan(found: "Plan", compiled: dict[str, float] | None, model: str, cons
     title = f"{model} at {config.data.seq_len:,} tokens on {config.mesh.size} × {found.gpu.name}"
     flags = " ".join(f"--memory.{name.replace('_', '-')} {value}" for name, value in memory.items())
     about = {"mesh": f"{_axes(config.mesh)} = {config.mesh.size} devices, ZeRO-{config.zero_stage}"}
-    about |= {"policy": flags or "the default: attention's outputs are saved", "attention": str(config.implementation)}
+    about["policy"] = flags or "the default: attention's outputs are saved"
+    about["attention"] = f"--implementation {config.implementation}"
     if config.mesh.size > ONE_HOST:
         about["links"] = "counted as within one host; between hosts they are slower"
     if (idle := config.mesh.seq - config.model.num_heads) > 0:

@@ -111,9 +111,9 @@ def recomputed_flops(config: ModelConfig, memory: MemoryConfig, *, batch_size: i
     return float(total + (tiled if memory.mlp_tile else 0))
 
 
-# Dense bfloat16 FLOP/s of vendors' datasheets, by a part of `device_kind`; the first that fits counts.
 KERNEL_HEAD_DIMS = (64, 128, 256)  # of the Pallas kernels, which pad what lies between
 
+# Dense bfloat16 FLOP/s of vendors' datasheets, by a part of `device_kind`; the first that fits counts.
 PEAKS = {
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,

@@ -246,12 +246,15 @@ def make_plan(model: ModelConfig, gpu: costs.Gpu, devices: int, length: int, *, 
 
 
 def _kernel(gpu: costs.Gpu, model: ModelConfig) -> Any:
-    """The implementation of attention that `attention.resolve` has for the model on this GPU, without documents."""
+    """The implementation of attention that the plan is for, without documents, to be named to the run: on Hopper GPUs the
+    Pallas kernels for every head that they have, which `attention.resolve` takes by itself for those of 128.
+    """
     if model.dtype != "bfloat16" or model.head_dim > max(costs.KERNEL_HEAD_DIMS):
         return "xla"
     if "A100" not in gpu.name:
         return "pallas"
     lacks = model.logits_soft_cap is not None or model.attention_sinks or model.head_dim > 128
+    lacks |= model.local_window_size is not None and not model.is_causal
     return "xla" if lacks else "cudnn"
 
 

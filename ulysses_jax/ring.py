@@ -241,7 +241,7 @@ def _ring(options: _Options, q: Array, k: Array, v: Array, segment_ids: Array | 
 def _ring_fwd(options: _Options, q: Array, k: Array, v: Array, segment_ids: Array | None, sinks: Array | None):
     turns = _turns_here(options, q.shape[1], segment_ids)
     whole = turns.whole()
-    q, k, v = (checkpoint_name(x, "attention_in") for x in (q, k, v))
+    q, k, v = (checkpoint_name(x, "attention_in") for x in lax.optimization_barrier((q, k, v)))  # as in `attention/hopper.py`
 
     def add(turn, sums, keys, values):
         out, lse = attend(q, keys, values, turns.sight(whole, turn), options.attention)

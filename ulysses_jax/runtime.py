@@ -134,7 +134,7 @@ def alone(out: Path) -> Iterator[None]:
 
 
 def _locks(file: IO) -> bool:
-    """Whether nobody else has the file locked."""
+    """Lock the file; whether nobody else had."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

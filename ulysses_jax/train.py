@@ -21,6 +21,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jax import Array, lax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 
@@ -464,7 +465,11 @@ def _summary(program: Program, state: State, corpus: Corpus, out: Path) -> dict[
 
 
 def _read_complete(out: Path, config: TrainConfig, console: Console) -> dict[str, float] | None:
-    if (summary := read_summary(out)) is not None:
+    """The summary of a run that is complete, if process 0 finds one: none goes on where another does not."""
+    summary = read_summary(out)
+    if not multihost_utils.broadcast_one_to_all(summary is not None):
+        return None
+    if summary is not None:
         console.print(f"{out} is complete: {config.steps} steps, {describe(summary)}.", highlight=False)
     return summary
 

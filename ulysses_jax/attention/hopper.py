@@ -242,7 +242,7 @@ class _Walk(NamedTuple):
             index = pick(jnp.argsort(ranges[..., 1] - ranges[..., 0], axis=-1))
         told = (jnp.asarray(x, i32)[..., None] for x in (batch, head, index))
         told = jnp.concatenate([*told, pick(ranges)], axis=2)
-        if not order.known and taken.shape[1] > 1:
+        if not order.known and 1 < taken.shape[1] <= schedule.EVENED:
             steps = jnp.maximum(told[..., 4] - told[..., 3], 0)
             told = told.reshape(-1, told.shape[2])[evened(jnp.where(order.items >= 0, steps, -1))]
         items = jnp.asarray(np.broadcast_to(items, taken.shape)[..., None], i32)
@@ -311,7 +311,7 @@ def _query_lists(mask: Mask, rows: int, step: int, heads: int, kv_heads: int):
         joined, listed = (x.transpose(0, 2, 3, 4, 1).reshape(*x.shape[:1], *x.shape[2:4], -1) for x in (codes, listed))
         packed = jnp.argsort(~listed, axis=-1, stable=True)
         codes = jnp.take_along_axis(joined, packed, axis=-1).astype(i32)
-        return jnp.pad(codes, ((0, 0), (0, 0), (0, 0), (0, 1))), counts.sum(1)
+        return jnp.pad(codes, ((0, 0), (0, 0), (0, 0), (0, 1))), counts.sum(1, dtype=i32)
 
 
 def _evaluated_if_known(mask: Mask):
@@ -1051,7 +1051,7 @@ def _product(acc, a, b_ref):
     return acc
 
 
-def _added(acc, a, b_ref, interpret):
+def _added(acc, a, b_ref, interpret: bool):
     """acc + a b, both values, once it is done."""
     if interpret:
         return _product(acc, a, b_ref)

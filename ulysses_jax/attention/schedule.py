@@ -18,7 +18,9 @@ __all__ = ["Order", "busy", "dealt", "evened", "in_order", "last_round", "multip
 
 WORTH = 40  # steps of 1.7 µs
 RISES = (0.0, 0.7, 1.5, 3.0, 8.0)  # powers: how many items, and how heavy tiles may grow towards a head's heaviest
-SHARED_L2 = 8 << 20  # bytes that the heads walked at one time may read over and over; an H100 has 50 MB of L2, in two halves
+SHARED_L2 = 8 << 20  # bytes that the heads walked at one time may read over and over: fastest of 4 to 32 MB, of an H100's 50
+SHARED_BY_DOCUMENTS = 4 * SHARED_L2  # of which a tile reads a part
+EVENED = 256  # items of a block: with more what is dealt is even, and an exchange looks at the square of them
 
 
 @functools.cache
@@ -34,7 +36,7 @@ class Order(NamedTuple):
     """Which block of threads takes which tiles: `items` [blocks, most items of a block], −1 where a block has no more.
 
     An item is (batch index · heads + head) · tiles + n, where n is a tile, or, if it is not `known` beforehand how many steps
-    each takes, stands for the head's n-th lightest.
+    each takes, stands for the head's n-th lightest; blocks may then exchange some (`evened`).
     """
 
     items: np.ndarray
@@ -100,14 +102,12 @@ def spread(heads: int, tiles: int, bytes_a_head: int) -> Order:
     x = n/tiles, for each p of `RISES`, has no more of their steps either. Each item goes where the squares of blocks' shares of
     these grow least. Simulated with documents of equal lengths, of lognormal ones and of one long among many short, 30 items a
     block: the one that is done last has 3 % more than the mean, at most 6 %; with 8 items a block up to 14 %.
-
-    Of documents a tile reads a part of its head's keys: more heads at a time than `SHARED_L2` says are faster.
     """
     rises = ((np.arange(tiles) + 0.5) / tiles) ** np.array(RISES)[:, None]
     rises /= rises.sum(1, keepdims=True)
     shares = [[] for _ in range(multiprocessors())]
     had = np.zeros((multiprocessors(), len(RISES)))
-    for item in in_order(heads, tiles, bytes_a_head // 4, heaviest_last=True).ravel().tolist():
+    for item in in_order(heads, tiles, bytes_a_head * SHARED_L2 // SHARED_BY_DOCUMENTS, heaviest_last=True).ravel().tolist():
         more = rises[:, item % tiles]
         block = int((had @ more).argmin())
         had[block] += more
