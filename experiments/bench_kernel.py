@@ -255,8 +255,9 @@ def sparse() -> Iterator[list[dict]]:
     own keys and values: the gradients of shared ones would be added up, in time that is not attention's.
     """
     T, N, layers = 32768, 16, 4
-    rng, (q, *_, d_out) = np.random.default_rng(0), inputs(T, N)
-    arrays = q, *(x for _ in range(layers) for x in inputs(T, N)[1:3])
+    rng, (q, k, v, d_out) = np.random.default_rng(0), inputs(T, N, layers * N)
+    keys, values = (jnp.split(x, layers, axis=2) for x in (k, v))
+    arrays = q, *(x for layer in zip(keys, values, strict=True) for x in layer)
     masks: dict[str, tuple[Mask, str]] = {"causal": (make_mask(T, is_causal=True), "causal"), "full": (make_mask(T), "full")}
     for density in (0.5, 0.25, 0.125, 0.06):
         layout = rng.random((1, T // 128, T // 128)) < density

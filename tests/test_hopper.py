@@ -86,17 +86,28 @@ def test_interpreted_equals_the_oracle_and_has_no_races(name, monkeypatch):
     assert not errors_beyond(GRADIENT, gradients, attention_gradients(q, k, v, d_out, d_lse, **options))
 
 
+@pytest.fixture
+def multiprocessors(monkeypatch):
+    """`multiprocessors(n)`: so many in place of 132, for what is dealt in this test."""
+
+    def clear() -> None:
+        for cached in (schedule.in_order, schedule.dealt, schedule.spread):
+            cached.cache_clear()
+
+    clear()
+    yield lambda n: monkeypatch.setattr(schedule, "multiprocessors", lambda: n)
+    clear()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("N", "K", "short"), [(1, 1, 0), (2, 1, 0), (1, 1, 3)])
-def test_a_last_round_cut_in_parts_equals_the_oracle(N, K, short, monkeypatch):
+def test_a_last_round_cut_in_parts_equals_the_oracle(N, K, short, monkeypatch, multiprocessors):
     """On three multiprocessors four tiles leave one, whose keys, and in the backward queries, are cut in two. Parts weighted
     alike, or a share of dQ that replaces the others', break it; so does taking for whole what is padded to eights.
     """
-    monkeypatch.setattr(schedule, "multiprocessors", lambda: 3)
+    multiprocessors(3)
     monkeypatch.setattr(schedule, "WORTH", 1)
     monkeypatch.setattr(hopper, "parts_of_group", lambda group, tiles: 1)
-    for cached in (schedule.dealt, schedule.in_order):
-        cached.cache_clear()
     case = Case(B=1, T=512 // N, S=512 - short, N=N, K=K, H=64)
     assert schedule.last_round(4, case.T // 128, 4)[0] == schedule.last_round(4, 4, case.T // 64)[0] == 1
     q, k, v, d_out, d_lse = case.arrays("bfloat16").values()
@@ -113,26 +124,20 @@ def test_a_last_round_cut_in_parts_equals_the_oracle(N, K, short, monkeypatch):
     assert not errors_beyond(OUTPUT, {"out": out}, {"out": want["out"]})
     assert not errors_beyond(1e-5, {"lse": lse}, {"lse": want["lse"]})
     assert not errors_beyond(GRADIENT, gradients, attention_gradients(q, k, v, d_out, d_lse, scale=case.H**-0.5))
-    for cached in (schedule.dealt, schedule.in_order):
-        cached.cache_clear()
 
 
 @pytest.fixture
-def two_multiprocessors(monkeypatch):
-    """In place of 132, so that each block of a small case works off several tiles; gives the orders that are met."""
-    schedules, met, inner = (schedule.in_order, schedule.dealt, schedule.spread), [], hopper._order_of_queries
+def two_multiprocessors(monkeypatch, multiprocessors):
+    """So that each block of a small case works off several tiles; gives the orders that are met."""
+    met, inner = [], hopper._order_of_queries
 
     def order_of_queries(*arguments):
         met.append(inner(*arguments))
         return met[-1]
 
-    for cached in schedules:
-        cached.cache_clear()
-    monkeypatch.setattr(schedule, "multiprocessors", lambda: 2)
+    multiprocessors(2)
     monkeypatch.setattr(hopper, "_order_of_queries", order_of_queries)
-    yield met
-    for cached in schedules:
-        cached.cache_clear()
+    return met
 
 
 SEVERAL_TILES = {
