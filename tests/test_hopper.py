@@ -320,19 +320,15 @@ def test_items_are_the_tiles_of_each_head_of_each_sequence_with_their_steps(name
 
 
 @pytest.mark.parametrize("name", [name for name in WALKED if "packed" in name])
-def test_blocks_exchange_items_whole_and_keep_their_number(name, monkeypatch):
+def test_blocks_exchange_items_whole_and_keep_their_number(name, monkeypatch, multiprocessors):
     """Counts that move with the items break it, as does an exchange that gives one item to two."""
     case = WALKED[name]
     mask, sizes = make_mask(case.T, **case.mask_options()), (case.B * case.N, 8, 1 << 20)
-    for cached in (schedule.spread, schedule.in_order):
-        cached.cache_clear()
-    monkeypatch.setattr(schedule, "multiprocessors", lambda: 5)
+    multiprocessors(5)
     order, lists = schedule.spread(*sizes), hopper._key_lists(mask, 128, 64)
     found = [np.asarray(hopper._Walk.of(mask.live_keys(), 128, 64, order, case.N, lists).items)]
     monkeypatch.setattr(hopper, "evened", lambda steps: np.arange(steps.size).reshape(steps.shape))
     found.append(np.asarray(hopper._Walk.of(mask.live_keys(), 128, 64, order, case.N, lists).items))
-    for cached in (schedule.spread, schedule.in_order):
-        cached.cache_clear()
     evened, dealt = found
     np.testing.assert_array_equal(evened[:, :, 7], dealt[:, :, 7])
     assert (evened != dealt).any()
