@@ -142,6 +142,9 @@ def two_multiprocessors(monkeypatch, multiprocessors):
 
 SEVERAL_TILES = {
     "causal": (Case(B=1, T=530, N=2, H=64, is_causal=True), True),
+    "causal_clusters": (Case(B=1, T=512, N=2, K=1, H=64, is_causal=True), True),
+    "causal_clusters_few_keys": (Case(B=1, T=512, S=200, N=2, H=64, is_causal=True), True),
+    "full_clusters": (Case(B=1, T=512, S=300, N=2, H=64), True),
     "window": (Case(B=1, T=530, N=2, H=64, local_window_size=(150, 60)), True),
     "packed": (Case(B=2, T=530, N=2, K=1, H=64, is_causal=True, segments="packed"), False),
     "blocks_a_head": (Case(B=1, T=530, N=2, H=64, block=128, layouts=2), True),
@@ -152,16 +155,34 @@ SEVERAL_TILES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SEVERAL_TILES)
 def test_blocks_that_work_off_several_tiles_equal_the_oracle(two_multiprocessors, name):
-    """A buffer of queries filled before it is free is a race."""
+    """A buffer of queries filled before it is free is a race. A step that only one block of a cluster takes, not passed by by
+    the other, or passed by by both, breaks the clusters.
+    """
     case, known = SEVERAL_TILES[name]
     q, k, v, *_ = map(jnp.asarray, case.arrays("bfloat16").values())
-    mask = make_mask(case.T, **case.mask_options())
+    mask = make_mask(case.T, case.S or case.T, **case.mask_options())
     interpret = plgpu.InterpretGPUParams(detect_races=True)
     out, lse = hopper_attention(q, k, v, mask, scale=0.125, interpret=interpret)
     (order,) = two_multiprocessors
     assert order.known == known
     assert order.items.shape[1] > 2
     want = attention(q, k, v, **case.mask_options(), scale=0.125)
+    assert not errors_beyond(OUTPUT, {"out": out}, {"out": want["out"]})
+    assert not errors_beyond(1e-5, {"lse": lse}, {"lse": want["lse"]})
+
+
+@pytest.mark.slow
+def test_clusters_leave_what_is_cut_for_all(monkeypatch, multiprocessors):
+    """On four multiprocessors, two clusters, nine pairs of tiles leave one. Its two tiles taken for pairs break it."""
+    multiprocessors(4)
+    monkeypatch.setattr(schedule, "WORTH", 1)
+    case = Case(B=1, T=256, S=512, N=9, K=3, H=64)
+    assert schedule.last_round(18, 2, 4) == (2, 2)
+    q, k, v, *_ = map(jnp.asarray, case.arrays("bfloat16").values())
+    mask = make_mask(case.T, case.S)
+    assert hopper._in_clusters(mask, case.N, case.T)
+    out, lse = hopper_attention(q, k, v, mask, scale=0.125, interpret=plgpu.InterpretGPUParams(detect_races=True))
+    want = attention(q, k, v, scale=0.125)
     assert not errors_beyond(OUTPUT, {"out": out}, {"out": want["out"]})
     assert not errors_beyond(1e-5, {"lse": lse}, {"lse": want["lse"]})
 
@@ -195,10 +216,10 @@ LOWERED = {
 }
 
 
-def lowered_for_cuda(head_dim: int, name: str) -> str:
+def lowered_for_cuda(head_dim: int, name: str, T: int = 1000) -> str:
     options = dict(LOWERED[name])
     packed, cap, deterministic = (options.pop(key, None) for key in ("packed", "cap", "deterministic"))
-    T, N, K = 1000, 8, 2
+    N, K = 8, 2
 
     def step(q, k, v, d_out, ids):
         mask = make_mask(T, segment_ids=ids if packed else None, **options)
@@ -219,6 +240,18 @@ def test_every_configuration_lowers_for_cuda(head_dim, name):
     fused = HEAD_DIMS[head_dim].fused
     kernels = (2 if fused and name != "deterministic" else 3) + (0 if fused else 1)
     assert lowered_for_cuda(head_dim, name).count("custom_call @mosaic_gpu") == kernels
+
+
+@pytest.mark.parametrize("name", ["causal", "full", "cap", "deterministic"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_clusters_lower_for_cuda(head_dim, name, monkeypatch, multiprocessors):
+    """What tells them is their barriers, through which two blocks let go of what both read."""
+    multiprocessors(2)
+    made, inner = [], plgpu.ClusterBarrier
+    monkeypatch.setattr(plgpu, "ClusterBarrier", lambda **options: made.append(options) or inner(**options))
+    kernels = 3 if name == "deterministic" else 2
+    assert lowered_for_cuda(head_dim, name, T=1024).count("custom_call @mosaic_gpu") == kernels
+    assert made
 
 
 @pytest.mark.parametrize("name", ["packed", "blocks"])

@@ -7,10 +7,12 @@ import pytest
 from ulysses_jax.attention import schedule
 
 
-def test_tiles_are_dealt_once_each_and_evenly():
+@pytest.mark.parametrize("cluster", [1, 2])
+def test_tiles_are_dealt_once_each_and_evenly(cluster):
     """Tiles of heads one after the other, without `swapaxes`, leave the last blocks with 3 % more."""
     heads, tiles = 64, 64
-    dealt = schedule.dealt(heads, tiles, 4 << 20, tuple(range(1, tiles + 1))).items
+    dealt = schedule.dealt(heads, tiles, 4 << 20, tuple(range(1, tiles + 1)), cluster=cluster).items
+    assert len(dealt) == schedule.multiprocessors() // cluster
     assert sorted(dealt[dealt >= 0].tolist()) == list(range(heads * tiles))
     work = np.where(dealt >= 0, dealt % tiles + 2, 0).sum(1)
     assert work.max() <= 1.01 * work.mean()

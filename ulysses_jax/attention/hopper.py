@@ -7,7 +7,8 @@ between each row hides what lies outside its own range [first, end).
 
     forward   a block works off tiles of 2 × 64 queries of a head and walks each one's key tiles from right to left, so that
               of a causal mask only the first is masked. The product with V of one tile runs under the softmax of the next, and
-              the queries of the next tile come while this one's are in use.
+              the queries of the next tile come while this one's are in use. Under dense masks two blocks, a cluster, walk the
+              keys of two neighbouring tiles together: each fetches half of them, for both.
     backward  a block owns 2 × 64 keys of one KV head and walks the query tiles of the heads that read it, all or, where tiles
               are few, a part of them, whose shares are added up afterwards. S and dP are computed transposed, dK and dV stay
               in registers, and dQ is added up in float32 by TMA: five products a tile. The order of those additions varies;
@@ -329,14 +330,23 @@ def _each_item(items, body: Callable, carry):
     return lax.fori_loop(i32(0), _count(items), body, carry)
 
 
-def _order_of_queries(mask: Mask, heads: int, tiles: int, key_bytes: int, rows: int, step: int, lists, left: int) -> Order:
-    """How the forward's blocks share out the tiles of queries but the last `left`; `key_bytes` are of a head's K and V."""
+def _order_of_queries(
+    mask: Mask, heads: int, tiles: int, key_bytes: int, rows: int, step: int, lists, left: int, cluster: int
+) -> Order:
+    """How clusters of blocks share out the forward's tiles of `rows` queries but the last `left`; `key_bytes` are of a head."""
     weights = _steps_known(mask, rows, step, lists)
     if weights is None:
         if heads * tiles >= 4 * schedule.multiprocessors():
             return spread(heads, tiles, key_bytes)
         return Order(in_order(heads, tiles, key_bytes, heaviest_last=True).reshape(-1, 1), known=False)
-    return dealt(heads, tiles, key_bytes, weights, left)
+    return dealt(heads, tiles, key_bytes, weights, left, cluster)
+
+
+def _in_clusters(mask: Mask, heads: int, T: int) -> bool:
+    """Do the tiles come in pairs that walk nearly the same keys, enough of them to be dealt?"""
+    pairs, short = divmod(T, 4 * WARPGROUP_ROWS)
+    clusters, odd = divmod(schedule.multiprocessors(), 2)
+    return _is_known(mask) and mask.window is None and not short and not odd and heads * pairs >= 4 * clusters
 
 
 def _steps_known(mask: Mask, tile: int, step: int, lists) -> tuple[int, ...] | None:
@@ -420,21 +430,24 @@ def _forward_tiles(
     tiles = pl.cdiv(T, rows)
     lists = _key_lists(mask, rows, block, masked_steps)
     key_bytes = 2 * k.nbytes // (B * N)
+    cluster = 2 if tilings.persistent and not parts and _in_clusters(mask, B * N, T) else 1
     if parts:
         order = Order(np.arange(parts * left).reshape(-1, 1), known=True)
     elif tilings.persistent:
-        order = _order_of_queries(mask, B * N, tiles, key_bytes, rows, block, lists, left)
+        shares = tiles // cluster, key_bytes, cluster * rows, block, lists, left // cluster, cluster
+        order = _order_of_queries(mask, B * N, *shares)
     else:
         order = Order(in_order(B * N, tiles, key_bytes, heaviest_last=True).reshape(-1, 1), _is_known(mask))
-    walk = _Walk.of(mask.live_keys(), rows, block, order, N, lists)
+    walk = _Walk.of(mask.live_keys(), cluster * rows, block, order, N, lists)
     if parts:  # a part stands where a batch index would
         walk = walk._replace(items=jnp.asarray(_items_of_parts(left, parts, tiles - left, S // block // parts)))
     out_at = (tiles - left) * rows if parts else 0
     q_slots = min(2, order.items.shape[1])  # the next item's queries come while this one's are in use
     # Where tiles have few steps, one begins beside the last product of the one before; it costs long ones 1 %.
     beside = lists is not None and q_slots > 1
-    # Held in registers through a tile, its queries spare shared memory a fifth of what is read of it.
-    held = H <= 128 and not beside and not options.interpret
+    # Held in registers through a tile, its queries spare shared memory a fifth of what is read of it: faster in clusters alone.
+    held = cluster > 1 and not options.interpret
+    uneven = cluster > 1 and mask.is_causal
     broken = (
         jnp.zeros(1, jnp.float32) if mask.contiguous is None else jnp.where(mask.contiguous, 0.0, jnp.nan).astype(jnp.float32)
     )
@@ -442,10 +455,32 @@ def _forward_tiles(
     def kernel(q_ref, k_ref, v_ref, items, lists, first, end, broken_ref, out_ref, lse_ref, scratch):
         q_smem, k_smem, v_smem, item_smem, first_smem, end_smem, q_here, q_free, k_here, v_here, k_free, v_free = scratch
         warpgroup = lax.axis_index("warpgroup")
+        member = lax.axis_index("member") if cluster > 1 else 0
+        for_both = {"collective_axes": "member"} if cluster > 1 else {}
+
+        def base_of(tile: _Tile):
+            """The first of this block's queries."""
+            return (tile.index * cluster + member) * rows
 
         def steps_of(tile: _Tile):
             """How many tiles are walked, from right to left; those past the end, where little is seen, are hidden."""
             return jnp.maximum(tile.end - tile.first, masked_steps)
+
+        def passed_by(tile: _Tile):
+            """How many of the first steps, 0 or 1, only the other block of a cluster takes: these queries see nothing there."""
+            return jnp.maximum(tile.end - lax.div(base_of(tile) + rows, i32(block)), 0) if uneven else i32(0)
+
+        def pass_by(tile: _Tile, done):
+            """Let go of the keys and values of such a step."""
+            passed, slot = passed_by(tile), lax.rem(done, i32(stages))
+
+            def let_go():
+                for here, free in ((k_here, k_free), (v_here, v_free)):
+                    plgpu.barrier_wait(here.at[slot])
+                    plgpu.barrier_arrive(free.at[slot])
+
+            pl.when(passed > 0)(let_go)
+            return done + passed
 
         def heads_of(tile: _Tile):
             """(batch index, head) of the queries."""
@@ -510,7 +545,7 @@ def _forward_tiles(
             tile = _Tile(item_smem.at[q_slot], lists)
             own = pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
             ranges = first_smem.at[q_slot, own], end_smem.at[q_slot, own]
-            return tile, steps_of(tile), q_smem.at[q_slot, warpgroup], ranges
+            return tile, steps_of(tile) - passed_by(tile), q_smem.at[q_slot, warpgroup], ranges
 
         top_of_none = plgpu.layout_cast(jnp.full((WARPGROUP_ROWS,), LOWEST, jnp.float32), ROWS)
         total_of_none = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS,), jnp.float32), ROWS)
@@ -529,8 +564,10 @@ def _forward_tiles(
             return hiding(tile, steps, ranges, i32(0), tile.peek(0), True)
 
         def begin(n, done):
-            """The queries of item n, and the softmax of its first logits by itself."""
+            """Steps done, the queries of item n, and the softmax of its first logits by itself."""
             plgpu.barrier_wait(q_here.at[lax.rem(n, i32(q_slots))])
+            if uneven:
+                done = pass_by(item(n)[0], done)
             queries = plgpu.load(item(n)[2], layout=WGMMA) if held else item(n)[2]
             slot = lax.rem(done, i32(stages))
             plgpu.barrier_wait(k_here.at[slot])
@@ -543,7 +580,7 @@ def _forward_tiles(
             plgpu.barrier_arrive(k_free.at[slot])
             if q_slots > 1 and not beside:
                 pl.when(n > 0)(lambda: store_and_free(n - 1))
-            return queries, *soften(x, top_of_none, total_of_none, opening(n))[:3]
+            return done, queries, *soften(x, top_of_none, total_of_none, opening(n))[:3]
 
         def attend(n, carry, count):
             """Item n to its output, from its beginning or, where the item before has begun it, from after its first softmax.
@@ -551,7 +588,7 @@ def _forward_tiles(
             Beside the last product of the last item its own first tile is begun once more, for nothing: the way around it would
             be a second loop over steps, and with two of them ptxas runs every product to its end before the next.
             """
-            done, queries, p, top, total = (carry[0], item(n)[2], *carry[1:]) if beside else (carry, *begin(n, carry))
+            done, queries, p, top, total = (carry[0], item(n)[2], *carry[1:]) if beside else begin(n, carry)
             tile, steps, mine, ranges = item(n)
 
             def step(i, carry, hide=None if partial_loop else False):
@@ -593,7 +630,7 @@ def _forward_tiles(
             weight = jnp.where(seen, 1.0 / total, 0.0) + broken_ref[tile.batch if broken_ref.shape[0] > 1 else 0]
             mine[...] = (acc * lax.broadcast_in_dim(weight, acc.shape, [0])).astype(q.dtype)
             lse = jnp.where(seen, top * (options.exponent / LOG2E) + jnp.log(total), -jnp.inf)
-            own = pl.ds(tile.index * rows + warpgroup * WARPGROUP_ROWS - out_at, WARPGROUP_ROWS)
+            own = pl.ds(base_of(tile) + warpgroup * WARPGROUP_ROWS - out_at, WARPGROUP_ROWS)
             lse_ref.at[tile.batch, tile.head, own][...] = lse
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(mine, out_ref.at[tile.batch, own, tile.head])
@@ -602,7 +639,7 @@ def _forward_tiles(
         def compute():
             plgpu.set_max_registers(registers[0], action="increase")
             count, zero = _count(items), i32(0)
-            _each_item(items, functools.partial(attend, count=count), (zero, *begin(zero, zero)[1:]) if beside else zero)
+            _each_item(items, functools.partial(attend, count=count), (zero, *begin(zero, zero)[2:]) if beside else zero)
             if q_slots > 1:
                 store_and_free(count - 1)
             plgpu.wait_smem_to_gmem(0)
@@ -620,11 +657,11 @@ def _forward_tiles(
                     pl.when(n >= q_slots)(lambda: plgpu.barrier_wait(q_free.at[q_slot]))
                 batch, head = heads_of(tile)
                 for half in range(2):
-                    source = (batch, pl.ds(tile.index * rows + half * WARPGROUP_ROWS, WARPGROUP_ROWS), head)
+                    source = (batch, pl.ds(base_of(tile) + half * WARPGROUP_ROWS, WARPGROUP_ROWS), head)
                     plgpu.copy_gmem_to_smem(q_ref.at[source], q_smem.at[q_slot, half], q_here.at[q_slot])
                 plgpu.copy_gmem_to_smem(item, item_smem.at[q_slot, pl.ds(0, 8)], q_here.at[q_slot])
                 for ref, smem in ((first, first_smem), (end, end_smem)):
-                    source = _rows_at(ref, tile.batch, tile.index * rows, rows)
+                    source = _rows_at(ref, tile.batch, base_of(tile), rows)
                     plgpu.copy_gmem_to_smem(source, smem.at[q_slot], q_here.at[q_slot])
                 kv_head = lax.div(head, i32(group))
 
@@ -634,7 +671,7 @@ def _forward_tiles(
                     source = (batch, pl.ds(tile.visit(i, code, end=tile.first + steps)[1] * block, block), kv_head)
                     for ref, smem, here, free in ((k_ref, k_smem, k_here, k_free), (v_ref, v_smem, v_here, v_free)):
                         pl.when(done + i >= stages)(functools.partial(plgpu.barrier_wait, free.at[slot]))
-                        plgpu.copy_gmem_to_smem(ref.at[source], smem.at[slot], here.at[slot])
+                        plgpu.copy_gmem_to_smem(ref.at[source], smem.at[slot], here.at[slot], **for_both)
                     return following
 
                 lax.fori_loop(i32(0), steps, fill, tile.peek(0))
@@ -651,6 +688,7 @@ def _forward_tiles(
             _drain(done + again, stages, k_free)
             _drain(done, stages, v_free)
 
+    freed = functools.partial(plgpu.ClusterBarrier, collective_axes=("member",)) if cluster > 1 else plgpu.Barrier
     batches, length, heads = (parts, left * rows, 1) if parts else (B, tiles * rows, N)
     out, lse = _launch(
         kernel,
@@ -670,8 +708,9 @@ def _forward_tiles(
             plgpu.Barrier(num_barriers=q_slots, num_arrivals=5),
             plgpu.Barrier(num_barriers=q_slots, num_arrivals=2),
             *(plgpu.Barrier(num_barriers=stages),) * 2,
-            *(plgpu.Barrier(num_barriers=stages, num_arrivals=2),) * 2,
+            *(freed(num_barriers=stages, num_arrivals=2),) * 2,
         ],
+        cluster=cluster,
     )(q, k, v, *walk, broken)
     return varying_like(out[:, :T], q, k, v), varying_like(lse[:, :, :T], q, k, v)
 
@@ -1084,7 +1123,11 @@ def _smem(shape: tuple[int, ...], dtype):
     return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, lanes)), plgpu.SwizzleTransform(128)))
 
 
-def _launch(kernel: Callable, name: str, options: _Options, *, blocks: int, out: tuple, scratch: list) -> Callable:
+def _launch(
+    kernel: Callable, name: str, options: _Options, *, blocks: int, out: tuple, scratch: list, cluster: int = 1
+) -> Callable:
+    """`blocks`, or as many clusters of blocks, each a "member" of its own."""
+
     def body(*refs):
         cut = len(refs) - len(scratch)
         kernel(*refs[:cut], refs[cut:])
@@ -1094,6 +1137,7 @@ def _launch(kernel: Callable, name: str, options: _Options, *, blocks: int, out:
         out_type=out,
         grid=(blocks,),
         grid_names=("block",),
+        **({"cluster": (cluster,), "cluster_names": ("member",)} if cluster > 1 else {}),
         num_threads=3,
         thread_name="warpgroup",
         scratch_types=scratch,

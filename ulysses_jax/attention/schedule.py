@@ -44,7 +44,7 @@ class Order(NamedTuple):
 
 
 @functools.cache
-def in_order(heads: int, tiles: int, bytes_a_head: int, *, heaviest_last: bool = False) -> np.ndarray:
+def in_order(heads: int, tiles: int, bytes_a_head: int, *, heaviest_last: bool = False, cluster: int = 1) -> np.ndarray:
     """Items in the order in which the multiprocessors take them, some heads at a time: [groups of heads, items of a group].
 
     The tiles of a group side by side, heaviest first. With one head at a time the heavy tiles of the last come late and the
@@ -55,8 +55,8 @@ def in_order(heads: int, tiles: int, bytes_a_head: int, *, heaviest_last: bool =
     choices = [n for n in range(1, heads + 1) if heads % n == 0]
     members = max(n for n in choices if n <= fitting)
     causal = tuple(range(1, tiles + 1))
-    if heads * tiles <= 64 * multiprocessors():  # with more, the end of the last head is short beside the whole
-        shares = {n: busy(side_by_side(heads, tiles, n, True).ravel(), causal) for n in choices if n >= members}
+    if heads * tiles <= 64 * (multiprocessors() // cluster):  # with more, the end of the last head is short beside the whole
+        shares = {n: busy(side_by_side(heads, tiles, n, True).ravel(), causal, cluster) for n in choices if n >= members}
         members = min(n for n, share in shares.items() if share > 0.99 * max(shares.values()))
     return side_by_side(heads, tiles, members, heaviest_last)
 
@@ -67,24 +67,25 @@ def side_by_side(heads: int, tiles: int, members: int, heaviest_last: bool) -> n
     return order.reshape(len(order), -1)
 
 
-def busy(order: np.ndarray, weights: tuple[int, ...]) -> float:
+def busy(order: np.ndarray, weights: tuple[int, ...], cluster: int = 1) -> float:
     """Which share of the time the multiprocessors work, where each takes the next item when it is done with one."""
-    done = [0] * multiprocessors()
+    done = [0] * (multiprocessors() // cluster)
     for item in order.tolist():
         heapq.heapreplace(done, done[0] + weights[item % len(weights)] + 1)
-    return (sum(weights) + len(weights)) * len(order) / len(weights) / multiprocessors() / max(done)
+    return (sum(weights) + len(weights)) * len(order) / len(weights) / len(done) / max(done)
 
 
 @functools.cache
-def dealt(heads: int, tiles: int, bytes_a_head: int, weights: tuple[int, ...], left: int = 0) -> Order:
-    """`in_order` dealt to as many blocks as run at one time, by the steps that items take, `weights` (repeated as need be).
+def dealt(heads: int, tiles: int, bytes_a_head: int, weights: tuple[int, ...], left: int = 0, cluster: int = 1) -> Order:
+    """`in_order` dealt to as many blocks, or clusters of them, as run at one time, by the steps that items take, `weights`
+    (repeated as need be).
 
     Each item goes to the block that is done first, where it takes as long as it has steps, and a little more. The last `left`
     tiles of the last head are nobody's.
     """
-    shares = [[] for _ in range(multiprocessors())]
-    free = [(0, block) for block in range(multiprocessors())]
-    for group in in_order(heads, tiles, bytes_a_head, heaviest_last=True).tolist():
+    free = [(0, block) for block in range(multiprocessors() // cluster)]
+    shares = [[] for _ in free]
+    for group in in_order(heads, tiles, bytes_a_head, heaviest_last=True, cluster=cluster).tolist():
         for item in sorted(group, key=lambda item: -weights[item % len(weights)]):
             if item >= heads * tiles - left:
                 continue
