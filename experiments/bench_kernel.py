@@ -255,7 +255,7 @@ def sparse() -> Iterator[list[dict]]:
     Of `layers` in one program, so that a mask's preparation is shared as it is in a model, and no dispatch counts. Each has its
     own keys and values: the gradients of shared ones would be added up, in time that is not attention's.
     """
-    T, N, layers = 32768, 16, 4
+    T, N, layers = 32768, 16, 8
     rng, (q, k, v, d_out) = np.random.default_rng(0), inputs(T, N, layers * N)
     keys, values = (jnp.split(x, layers, axis=2) for x in (k, v))
     arrays = q, *(x for layer in zip(keys, values, strict=True) for x in layer)
@@ -272,7 +272,7 @@ def sparse() -> Iterator[list[dict]]:
     rows = []
     live = {name: int(np.asarray(mask.tile_tables(128, 128)[0]).sum()) for name, (mask, _) in masks.items()}
     for metric, wrap, given in (("forward", lambda f: f, arrays), ("forward+backward", both, (*arrays, d_out))):
-        programs = {name: (wrap(stacked(ours(mask))), given) for name, (mask, _) in masks.items()}
+        programs = {name: (wrap(stacked(jax.jit(ours(mask)))), given) for name, (mask, _) in masks.items()}  # traced once
         took = {name: value / layers for name, value in seconds(compiled(programs)).items()}
         for name, (_, whole) in masks.items():
             proportional = took[whole] * live[name] / live[whole]

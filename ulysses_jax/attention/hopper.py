@@ -578,9 +578,10 @@ def _forward_tiles(
 
             x = pl.run_scoped(first_logits, plgpu.ACC((WARPGROUP_ROWS, block), jnp.float32))
             plgpu.barrier_arrive(k_free.at[slot])
-            if q_slots > 1 and not beside:
+            p, top, total, _ = soften(x, top_of_none, total_of_none, opening(n))
+            if q_slots > 1 and not beside:  # by now the output before is on its way
                 pl.when(n > 0)(lambda: store_and_free(n - 1))
-            return done, queries, *soften(x, top_of_none, total_of_none, opening(n))[:3]
+            return done, queries, p, top, total
 
         def attend(n, carry, count):
             """Item n to its output, from its beginning or, where the item before has begun it, from after its first softmax.
@@ -595,7 +596,7 @@ def _forward_tiles(
                 acc, p, top, total, code = carry
                 following = tile.peek(i + 1)
                 slot, before = lax.rem(done + i, i32(stages)), lax.rem(done + i - 1, i32(stages))
-                if beside:  # by now the output before is on its way
+                if beside:
                     pl.when((i == 2) & (n > 0))(lambda: store_and_free(n - 1))
                 softened = lambda x: soften(x, top, total, hiding(tile, steps, ranges, i, code, hide))  # noqa: E731
                 acc, p, top, total, fade = turn(queries, slot, before, acc, p, top, total, softened)
@@ -608,6 +609,8 @@ def _forward_tiles(
             acc, p, top, total, _ = lax.fori_loop(i32(1 if partial_loop else masked_steps), steps, step, carry)
 
             before = lax.rem(done + steps - 1, i32(stages))
+            # Read before the last product, as it is far away.
+            spoilt = 0.0 if mask.contiguous is None else broken_ref[tile.batch if broken_ref.shape[0] > 1 else 0]
             following = ()
             if beside:
                 pl.when((steps <= 2) & (n > 0))(lambda: store_and_free(n - 1))
@@ -620,20 +623,20 @@ def _forward_tiles(
                 plgpu.barrier_wait(v_here.at[before])
                 acc = _added(acc, p, v_smem.at[before], options.interpret)
                 plgpu.barrier_arrive(v_free.at[before])
-            finish(tile, mine, acc, top, total)
+            finish(tile, mine, acc, top, total, spoilt)
             return (done + steps, *following) if beside else done + steps
 
-        def finish(tile, mine, acc, top, total):
+        def finish(tile, mine, acc, top, total, spoilt):
             """The output of an item leaves through the buffer of its queries."""
             seen = total > 0
             total = jnp.where(seen, total, 1.0)
-            weight = jnp.where(seen, 1.0 / total, 0.0) + broken_ref[tile.batch if broken_ref.shape[0] > 1 else 0]
+            weight = jnp.where(seen, 1.0 / total, 0.0) + spoilt
             mine[...] = (acc * lax.broadcast_in_dim(weight, acc.shape, [0])).astype(q.dtype)
-            lse = jnp.where(seen, top * (options.exponent / LOG2E) + jnp.log(total), -jnp.inf)
-            own = pl.ds(base_of(tile) + warpgroup * WARPGROUP_ROWS - out_at, WARPGROUP_ROWS)
-            lse_ref.at[tile.batch, tile.head, own][...] = lse
             plgpu.commit_smem()
+            own = pl.ds(base_of(tile) + warpgroup * WARPGROUP_ROWS - out_at, WARPGROUP_ROWS)
             plgpu.copy_smem_to_gmem(mine, out_ref.at[tile.batch, own, tile.head])
+            lse = jnp.where(seen, top * (options.exponent / LOG2E) + jnp.log(total), -jnp.inf)
+            lse_ref.at[tile.batch, tile.head, own][...] = lse  # after the fence above, which would wait for it
 
         @pl.when(warpgroup < 2)
         def compute():
@@ -648,10 +651,11 @@ def _forward_tiles(
         def copy():
             plgpu.set_max_registers(registers[1], action="decrease")
 
-            def fill_item(n, done):
+            count = _count(items)
+
+            def fill_queries(n):
                 item = items.at[lax.axis_index("block"), n]
                 tile = _Tile(item, lists)
-                steps = steps_of(tile)
                 q_slot = lax.rem(n, i32(q_slots))
                 if q_slots > 1:
                     pl.when(n >= q_slots)(lambda: plgpu.barrier_wait(q_free.at[q_slot]))
@@ -663,9 +667,20 @@ def _forward_tiles(
                 for ref, smem in ((first, first_smem), (end, end_smem)):
                     source = _rows_at(ref, tile.batch, base_of(tile), rows)
                     plgpu.copy_gmem_to_smem(source, smem.at[q_slot], q_here.at[q_slot])
+
+            def fill_next(n, due):
+                """Fetch the next item's queries, which are far away, a few steps into this one, when their buffer is free."""
+                if q_slots > 1:
+                    pl.when(due & (n + 1 < count))(lambda: fill_queries(n + 1))
+
+            def fill_item(n, done):
+                tile = _Tile(items.at[lax.axis_index("block"), n], lists)
+                steps = steps_of(tile)
+                batch, head = heads_of(tile)
                 kv_head = lax.div(head, i32(group))
 
                 def fill(i, code):
+                    fill_next(n, i == stages + 1)
                     following = tile.peek(i + 1)
                     slot = lax.rem(done + i, i32(stages))
                     source = (batch, pl.ds(tile.visit(i, code, end=tile.first + steps)[1] * block, block), kv_head)
@@ -675,16 +690,18 @@ def _forward_tiles(
                     return following
 
                 lax.fori_loop(i32(0), steps, fill, tile.peek(0))
+                fill_next(n, steps <= stages + 1)
                 return done + steps
 
+            fill_queries(i32(0))
             done, again = _each_item(items, fill_item, i32(0)), int(beside)
             if beside:  # what the last item's end begins: its keys count for nothing
-                tile, slot = _Tile(items.at[lax.axis_index("block"), _count(items) - 1], lists), lax.rem(done, i32(stages))
+                tile, slot = _Tile(items.at[lax.axis_index("block"), count - 1], lists), lax.rem(done, i32(stages))
                 pl.when(done >= stages)(lambda: plgpu.barrier_wait(k_free.at[slot]))
                 source = (tile.batch, pl.ds(0, block), lax.div(tile.head, i32(group)))
                 plgpu.copy_gmem_to_smem(k_ref.at[source], k_smem.at[slot], k_here.at[slot])
             if q_slots > 1:
-                _drain(_count(items), q_slots, q_free)
+                _drain(count, q_slots, q_free)
             _drain(done + again, stages, k_free)
             _drain(done, stages, v_free)
 
