@@ -784,8 +784,9 @@ def _queries_kernel(options: _Options, q, k, v, d_out, lse2, delta, mask: Mask) 
                 plgpu.barrier_wait(v_here.at[slot])
 
                 def products(x_ref, dp_ref):
-                    plgpu.wgmma(x_ref, q_smem.at[warpgroup], k_smem.at[slot].transpose((1, 0)))
-                    plgpu.wgmma(dp_ref, do_smem.at[warpgroup], v_smem.at[slot].transpose((1, 0)))
+                    this = warpgroup + _zero_of(i)
+                    plgpu.wgmma(x_ref, q_smem.at[this], k_smem.at[slot].transpose((1, 0)))
+                    plgpu.wgmma(dp_ref, do_smem.at[this], v_smem.at[slot].transpose((1, 0)))
                     x = plgpu.wgmma_accumulator_load(x_ref, wait_n=1)
                     hidden = lambda x: _hide(x, ranges, j * block)  # noqa: E731
                     spread = lambda row: lax.broadcast_in_dim(row, x.shape, [0])  # noqa: E731
@@ -940,13 +941,15 @@ def _keys_kernel(
             def step(n, code, sums):
                 _, i, full = tile.visit(n, code, group)
                 slot = lax.rem(n, i32(stages))
+                this = warpgroup + _zero_of(n)
+                keys = pl.ds(this * WARPGROUP_ROWS, WARPGROUP_ROWS)
                 plgpu.barrier_wait(q_here.at[slot])
                 plgpu.barrier_wait(do_here.at[slot])
 
                 def products(x_ref, dp_ref):
-                    plgpu.wgmma(x_ref, k_smem.at[own], q_smem.at[slot].transpose((1, 0)))
+                    plgpu.wgmma(x_ref, k_smem.at[keys], q_smem.at[slot].transpose((1, 0)))
                     if want_dq or want_dk:
-                        plgpu.wgmma(dp_ref, v_smem.at[own], do_smem.at[slot].transpose((1, 0)))
+                        plgpu.wgmma(dp_ref, v_smem.at[keys], do_smem.at[slot].transpose((1, 0)))
                     x = plgpu.wgmma_accumulator_load(x_ref, wait_n=1 if want_dq or want_dk else 0)
                     if lag:  # by now the products of the step before are done
                         free(n)
@@ -983,9 +986,9 @@ def _keys_kernel(
 
                     def dq_and_dk(dq_ref):
                         if share:
-                            plgpu.wgmma(dq_ref, mine.transpose((1, 0)), k_halves.at[warpgroup])
+                            plgpu.wgmma(dq_ref, mine.transpose((1, 0)), k_halves.at[this])
                         else:
-                            plgpu.wgmma(dq_ref, mine.at[own].transpose((1, 0)), k_smem.at[own])
+                            plgpu.wgmma(dq_ref, mine.at[own].transpose((1, 0)), k_smem.at[keys])
                         if not interpret:
                             plgpu.wgmma(dk, mine.at[own], q_smem.at[slot])
                         return plgpu.wgmma_accumulator_load(dq_ref, wait_n=0 if interpret else 1)
@@ -1125,6 +1128,13 @@ def _probabilities(options: _Options, x, lse2: Callable, hide: Callable) -> tupl
         x, slope = options.soft_cap * tanh, 1.0 - tanh * tanh
     x = hide(x)
     return jnp.exp2(x * options.exponent - lse2()), slope
+
+
+def _zero_of(n):
+    """0, which the compiler cannot know of a step `n`. Where operands lie in shared memory is the same in every step and
+    would be kept in registers through all loops around, which spills; what hangs on the step is computed anew.
+    """
+    return lax.div(n, i32(2**30))
 
 
 def _ptx(text: str) -> None:
