@@ -171,15 +171,19 @@ def test_of_what_is_read_last_the_rest_stays(save, beside):
 
 
 @pytest.mark.parametrize(("head_dim", "as_run"), [(128, 128), (96, 128), (64, 64), (320, 320)])
-def test_the_kernels_that_pad_heads_take_the_time_of_what_they_run(head_dim, as_run):
-    """Their FLOPs are padded, and neither those of other implementations nor what is saved."""
+def test_the_kernels_that_pad_heads_take_the_time_and_memory_of_what_they_run(head_dim, as_run):
+    """Their FLOPs and their backward's arrays are padded, and neither those of other implementations nor what is saved."""
     config, gpu = recipes.recipe("gpt-30b-128k"), costs.GPUS["h100"]
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, head_dim=head_dim), implementation="pallas")
+    model = dataclasses.replace(config.model, head_dim=head_dim, vocab_size=1024)  # no loss above attention's backward
+    config = dataclasses.replace(config, model=model, implementation="pallas")
     other = dataclasses.replace(config, implementation="xla")
     seconds = [costs.step_seconds(x, gpu)["attention"] for x in (config, other)]
     assert seconds[0] / seconds[1] == pytest.approx(as_run / head_dim)
-    model, tokens = config.model, config.data.batch_size * config.data.seq_len / config.mesh.size
-    kept = dataclasses.replace(config, memory=MemoryConfig(save="attention"))
+    tokens = config.data.batch_size * config.data.seq_len / config.mesh.size
+    kept, tiled = (dataclasses.replace(config, memory=x) for x in (MemoryConfig(save="attention"), MemoryConfig(mlp_tile=1024)))
+    working = [costs.device_bytes(dataclasses.replace(tiled, implementation=x))["working"] for x in ("pallas", "xla")]
+    more = 2 * tokens * (8 * model.num_heads + 6.4 * model.num_kv_heads) * (as_run - head_dim)
+    assert working[0] - working[1] == pytest.approx(more)
     each = 2 * model.embed_dim + 2 * model.num_heads * head_dim + 4 * model.num_heads
     assert costs.saved_bytes(kept)[0] == pytest.approx(each * tokens * model.num_layers)
 

@@ -54,7 +54,7 @@ def test_heads_are_saved_as_they_are_not_as_they_are_padded():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", INTERPRETED)
 def test_interpreted_equals_the_oracle_and_has_no_races(name, monkeypatch):
-    """Without `_drain` the interpreter reports barriers left uncompleted; with `columns <= across(end)` the error is beyond."""
+    """Without `_drain` the interpreter reports barriers left uncompleted; with a length compared by `<=` errors are beyond."""
     case, deterministic = INTERPRETED[name]
     # Heads that read one KV head walked together, or in pairs, which so few tiles would not be.
     if parts := {"gqa_window_cap": 1, "blocks": 1, "parts_of_a_group": 2}.get(name):
@@ -284,11 +284,16 @@ def test_clusters_lower_for_cuda(head_dim, name, monkeypatch, multiprocessors):
     assert made
 
 
-@pytest.mark.parametrize("name", ["packed", "blocks"])
-def test_under_x64_they_lower_the_same(name):
-    """A sum of int32 that becomes an int64 breaks it."""
+@pytest.mark.parametrize("name", ["causal", "full", "packed", "blocks"])
+@pytest.mark.parametrize("few", [False, True], ids=["a_tile_a_block", "dealt"])
+def test_under_x64_they_lower_the_same(name, few, monkeypatch, multiprocessors):
+    """A sum of int32 that becomes an int64 breaks it, of what is dealt, evened, or cut for all, too."""
+    if few:  # seven multiprocessors leave two of 128 tiles over
+        multiprocessors(2 if name != "full" else 7)
+        monkeypatch.setattr(schedule, "WORTH", 1)
+    kernels = 3 if few and name == "full" else 2
     with jax.enable_x64(True):
-        assert lowered_for_cuda(128, name).count("custom_call @mosaic_gpu") == 2
+        assert lowered_for_cuda(128, name, T=1024 if few else 1000).count("custom_call @mosaic_gpu") == kernels
 
 
 def walked(ranges: np.ndarray, tiles: int) -> tuple[np.ndarray, np.ndarray]:
@@ -433,10 +438,13 @@ EACH_HEAD = BlockMask(np.random.default_rng(0).random((8, 4, 4)) < 0.5, 128)
 
 @pytest.mark.parametrize("block_mask", [None, EACH_HEAD, BlockMask(EACH_HEAD.layout[:1], 128)], ids=["", "each_head", "one"])
 @pytest.mark.parametrize("packed", [False, True])
-def test_chosen_by_name_it_lowers_inside_a_shard_map_for_hopper_and_only_there(packed, block_mask):
+@pytest.mark.parametrize("few", [False, True], ids=["a_tile_a_block", "dealt"])
+def test_chosen_by_name_it_lowers_inside_a_shard_map_for_hopper_and_only_there(few, packed, block_mask, multiprocessors):
     """Typing dQ's buffer as varying, reading loop bounds without computing on them, or making lists of a device's own layouts
     outside the trace, fails to trace.
     """
+    if few:  # what is dealt to two, in a cluster or evened out
+        multiprocessors(2)
 
     def lowered(kind: str, packed: bool) -> str:
         device = AbstractDevice(device_kind=kind, num_cores=None, platform="gpu")

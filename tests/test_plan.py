@@ -99,6 +99,7 @@ def test_a_policy_is_chosen_that_fits_and_none_that_fits_is_faster():
     [
         {},
         {"head_dim": 96},
+        {"head_dim": 100},
         {"head_dim": 256},
         {"head_dim": 320},
         {"logits_soft_cap": 30.0},

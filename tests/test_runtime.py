@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from unittest import mock
 
 import jax
+import numpy as np
 import pytest
 
 from ulysses_jax import runtime
@@ -143,3 +144,18 @@ def test_a_folder_is_one_runs_at_a_time(tmp_path):
         pass
     with runtime.alone(tmp_path):  # let go of again
         pass
+
+
+def test_every_process_has_what_process_0_has(monkeypatch):
+    """A process that keeps what it found itself, or sends it in a length of its own, breaks it."""
+    sent = []
+    monkeypatch.setattr(jax, "process_index", lambda: 0)
+    monkeypatch.setattr(runtime.multihost_utils, "broadcast_one_to_all", lambda x: sent.append(x) or x)
+    value = {"step": 40.0, "eval_loss": float("inf"), "said": "é"}
+    assert runtime.as_process_0_has_it(value) == value
+    shapes = []
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    told = iter(sent)
+    monkeypatch.setattr(runtime.multihost_utils, "broadcast_one_to_all", lambda x: shapes.append(np.shape(x)) or next(told))
+    assert runtime.as_process_0_has_it(None) == value
+    assert shapes == [np.shape(x) for x in sent]

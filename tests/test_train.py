@@ -299,6 +299,15 @@ def test_a_run_that_another_process_is_at_is_refused_or_found_complete(text, uni
     assert not (out / "summary.json").exists()
 
 
+def test_a_damaged_summary_is_named_and_stays(text, tmp_path, monkeypatch):
+    config, out = run_config(text), tmp_path / "run"
+    interrupt(config, out, monkeypatch, stop_at=1)
+    (out / "summary.json").write_text('{"step": ')
+    with pytest.raises(ValueError, match=r"is damaged: .*summary.json cannot be read. Remove that file"):
+        train.run(config, out, QUIET)
+    assert (out / "summary.json").read_text() == '{"step": '
+
+
 def test_a_complete_run_is_not_run_again(text, uninterrupted):
     out = uninterrupted[0]
     before = {path: path.read_bytes() for path in out.glob("*.*")}

@@ -274,7 +274,7 @@ def device_bytes(config: TrainConfig) -> dict[str, float]:
     """
     model, memory, n, size = config.model, config.memory, config.mesh.size, _itemsize(config.model)
     tokens, counts = _tokens(config), parameter_counts(config.model)
-    D, H, F, V, work = model.embed_dim, model.head_dim, model.mlp_dim, model.vocab_size, _as_dealt(config)
+    D, H, F, V, work = model.embed_dim, _head_dim_as_run(config), model.mlp_dim, model.vocab_size, _as_dealt(config)
     total, layer = sum(counts.values()), (counts["attention"] + counts["mlp"]) / model.num_layers
     tile = min(memory.mlp_tile or tokens, tokens)
     away = _streamed(config)
@@ -373,8 +373,7 @@ def step_seconds(config: TrainConfig, gpu: Gpu) -> dict[str, float]:
     share = sum(x.save == "inputs" or (not named and x.save != "all") for x in group) / len(group)  # whose kernel runs again
     again = recomputed_flops(work, memory, **sizes, named=named) - share * kernel
     matrices = (step_flops(work, **sizes, pairs=0) + again) / n / gpu.gemm_flops
-    if config.implementation == "pallas":  # which pads heads
-        kernel *= next((size for size in KERNEL_HEAD_DIMS if size >= model.head_dim), model.head_dim) / model.head_dim
+    kernel *= _head_dim_as_run(config) / model.head_dim
     attention = (3.5 + share) * kernel / n / gpu.attention_flops
     tokens = config.data.batch_size * config.data.seq_len / n
     passes = size * tokens * (60 * model.embed_dim + 30 * model.mlp_dim) * model.num_layers
@@ -393,6 +392,12 @@ def step_seconds(config: TrainConfig, gpu: Gpu) -> dict[str, float]:
     hidden = max(forward, sent) + max(compute - forward, sent)
     step = max(hidden if len(group) == 1 else compute + 2 * sent, wire) + update + 3 * layers
     return parts | {"stream": 3 * layers, "wire": wire, "host": 2 * sent, "step": step}
+
+
+def _head_dim_as_run(config: TrainConfig) -> int:
+    """The size of heads in attention: the Pallas kernels pad them to the next that they have."""
+    size = config.model.head_dim
+    return next((n for n in KERNEL_HEAD_DIMS if n >= size), size) if config.implementation == "pallas" else size
 
 
 def _as_dealt(config: TrainConfig) -> ModelConfig:

@@ -253,7 +253,7 @@ def _kernel(gpu: costs.Gpu, model: ModelConfig) -> Any:
         return "xla"
     if "A100" not in gpu.name:
         return "pallas"
-    lacks = model.logits_soft_cap is not None or model.attention_sinks or model.head_dim > 128
+    lacks = model.logits_soft_cap is not None or model.attention_sinks or model.head_dim > 128 or model.head_dim % 8 != 0
     lacks |= model.local_window_size is not None and not model.is_causal
     return "xla" if lacks else "cudnn"
 

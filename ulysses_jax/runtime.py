@@ -4,18 +4,30 @@ One process a host (or a GPU) is started by Slurm or by hand; `initialize` joins
 """
 
 import fcntl
+import json
 import os
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
-__all__ = ["PATIENCE", "Stop", "alone", "check_memory", "host_memory", "initialize", "reserve_memory", "stopping"]
+__all__ = [
+    "PATIENCE",
+    "Stop",
+    "alone",
+    "as_process_0_has_it",
+    "check_memory",
+    "host_memory",
+    "initialize",
+    "reserve_memory",
+    "stopping",
+]
 
 PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
 
@@ -116,6 +128,14 @@ def _integer(name: str) -> int:
             f"JAX_COORDINATOR_ADDRESS is set, but {name} is {os.environ.get(name)!r}; it must be an integer. Set "
             "JAX_NUM_PROCESSES and JAX_PROCESS_ID for each process, or unset JAX_COORDINATOR_ADDRESS."
         ) from None
+
+
+def as_process_0_has_it(value: Any) -> Any:
+    """A value that JSON can hold, in every process that of process 0; what the others give is not looked at."""
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8) if jax.process_index() == 0 else np.zeros(0, np.uint8)
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    sent = multihost_utils.broadcast_one_to_all(text if len(text) == length else np.zeros(length, np.uint8))
+    return json.loads(np.asarray(sent).tobytes())
 
 
 @contextmanager

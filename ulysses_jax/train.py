@@ -21,7 +21,6 @@ import numpy as np
 import optax
 from flax import nnx
 from jax import Array, lax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 
@@ -35,7 +34,7 @@ from ulysses_jax.memory import HOST, stream_update, to_host
 from ulysses_jax.mesh import DATA, RING, SEQ, make_mesh, token_order, token_spec
 from ulysses_jax.model import Transformer
 from ulysses_jax.report import claim, conclude, describe, draw_losses, read_metrics, read_summary, reporting
-from ulysses_jax.runtime import Stop, alone, stopping
+from ulysses_jax.runtime import Stop, alone, as_process_0_has_it, stopping
 from ulysses_jax.ulysses import ShardAttention
 from ulysses_jax.zero import Stored, Unshard, hold, zero_shardings
 
@@ -465,13 +464,23 @@ def _summary(program: Program, state: State, corpus: Corpus, out: Path) -> dict[
 
 
 def _read_complete(out: Path, config: TrainConfig, console: Console) -> dict[str, float] | None:
-    """The summary of a run that is complete, if process 0 finds one: none goes on where another does not."""
-    summary = read_summary(out)
-    if not multihost_utils.broadcast_one_to_all(summary is not None):
-        return None
-    if summary is not None:
-        console.print(f"{out} is complete: {config.steps} steps, {describe(summary)}.", highlight=False)
-    return summary
+    """The summary of a run that is complete, as process 0 finds it: none goes on where another does not.
+
+    Raises:
+      ValueError, in every process: a summary.json that cannot be read.
+    """
+    found = None
+    if jax.process_index() == 0:
+        try:
+            found = read_summary(out)
+        except ValueError as error:
+            found = str(error)
+    found = as_process_0_has_it(found)
+    if isinstance(found, str):
+        raise ValueError(found)
+    if found is not None:
+        console.print(f"{out} is complete: {config.steps} steps, {describe(found)}.", highlight=False)
+    return found
 
 
 def _finish(out: Path, summary: dict[str, float]) -> None:
@@ -482,7 +491,9 @@ def _finish(out: Path, summary: dict[str, float]) -> None:
     entropy = summary.get("unigram_bits_per_byte")
     baseline = None if entropy is None else ("entropy of single bytes, held out", entropy)
     draw_losses(read_metrics(out / "metrics.jsonl"), out / "loss.png", baseline=baseline)
-    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    unfinished = out / "summary.tmp"
+    unfinished.write_text(json.dumps(summary, indent=2) + "\n")
+    unfinished.replace(out / "summary.json")
 
 
 def _on_mesh(local: Callable, config: TrainConfig, mesh: Mesh, graph, parts: tuple, out_specs) -> Callable:

@@ -349,7 +349,7 @@ def resolve(q: Array, mask: Mask, options: Options, sinks: bool = False) -> str:
 
     Unnamed, on Hopper: "pallas" for heads of 128, where a training step is faster by it, and for what cuDNN lacks. On other
     GPUs "cudnn", on TPUs "splash", where they can do what is asked, else "xla" (`experiments/results/`, train_1p2b_2gpu and
-    kernel_speed). What is chosen, and why it is not what was to be had at best, is logged once.
+    kernel_speed_before). What is chosen, and why it is not what was to be had at best, is logged once.
     """
     platform, kind = _device()
     named, hopper = options.implementation, any(name in kind for name in HOPPER)

@@ -215,8 +215,9 @@ class _Walk(NamedTuple):
     """What the kernels read of a mask: for each tile the tiles to walk, and for each row the range it sees.
 
     A block of threads works off one row of `items`, [blocks, items of a block, 8] int32, each the batch index, the head, the
-    tile, the first and end of its steps, two more, and the number of items. Step i visits tile i, and the two more are the
-    first and end of those tiles that hide nothing; or, with a block mask, a row of `lists`, whose entry i is
+    tile, the first and end of its steps, two more, and the number of items. A cluster's two blocks share a row, of pairs of
+    tiles; where the last tiles are cut (`last_round`), the part stands for the batch index. Step i visits tile i, and the two
+    more are the first and end of those tiles that hide nothing; or, with a block mask, a row of `lists`, whose entry i is
     (2 · tile + whether it hides nothing) · heads + head, of `heads` that walk one list, and the first entry of that row.
     """
 
@@ -326,7 +327,7 @@ def _evaluated_if_known(mask: Mask):
 
 
 def _each_item(items, body: Callable, carry):
-    """`body(n, carry)` for the items of this block; with one a block, without a loop."""
+    """`body(n, carry)` for the items of this block or cluster; with one a block, without a loop."""
     if items.shape[1] == 1:
         return body(lax.rem(lax.axis_index("block"), i32(1)), carry)  # a zero that is traced: Pallas closes over no literal
     return lax.fori_loop(i32(0), _count(items), body, carry)
@@ -1169,7 +1170,7 @@ def _accumulate(acc, a, b_ref, interpret: bool):
 
 
 def _count(items):
-    """How many items this block has."""
+    """How many items this block or cluster has."""
     return i32(1) if items.shape[1] == 1 else jnp.maximum(items.at[lax.axis_index("block"), 0][7], 0)
 
 
