@@ -1,6 +1,7 @@
 """Eight virtual CPU devices for every test, and the fast tests first."""
 
 import os
+from collections.abc import Iterator
 
 import jax
 import pytest
@@ -15,3 +16,10 @@ jax.config.update("jax_platforms", "cpu")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_go_with_their_module() -> Iterator[None]:
+    """XLA maps what it compiles into memory, and Linux lets a process map 65,530 pieces: with more, compiling aborts it."""
+    yield
+    jax.clear_caches()
