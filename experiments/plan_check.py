@@ -33,18 +33,8 @@ CASES = [  # model, devices, length, policy
     ("llama-7b", 2, 131072, {"save": "attention", "offload_layers": 1.0, **TILED}),
     ("llama-7b", 2, 262144, {"save": "attention", "offload_layers": 1.0, **TILED}),
     ("llama-7b", 2, 524288, {"save": "inputs", "offload_layers": 1.0, "offload_optimizer": True, **TILED}),
-    (
-        "llama-7b",
-        2,
-        327680,
-        ALL_ON_HOST,
-    ),
-    (
-        "llama3-8b",
-        1,
-        196608,
-        ALL_ON_HOST,
-    ),
+    ("llama-7b", 2, 327680, ALL_ON_HOST),
+    ("llama3-8b", 1, 196608, ALL_ON_HOST),
     ("llama3-8b", 8, 131072, {"save": "attention"}),
     ("llama3-8b", 1, 32768, {"save": "attention", "offload_layers": 1.0, "offload_optimizer": True, **TILED}),
 ]

@@ -51,6 +51,12 @@ def test_heads_are_saved_as_they_are_not_as_they_are_padded():
     assert {x.shape for x in jax.tree.leaves(saved) if x.ndim == 4} == {q.shape}
 
 
+def assert_is(want: dict, out, lse) -> None:
+    """Output and log-sum-exp are the oracle's."""
+    assert not errors_beyond(OUTPUT, {"out": out}, {"out": want["out"]})
+    assert not errors_beyond(1e-5, {"lse": lse}, {"lse": want["lse"]})
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", INTERPRETED)
 def test_interpreted_equals_the_oracle_and_has_no_races(name, monkeypatch):
@@ -81,8 +87,7 @@ def test_interpreted_equals_the_oracle_and_has_no_races(name, monkeypatch):
     gradients = {"dq": dq, "dk": dk, "dv": dv}
     options = case.mask_options() | case.score_options()
     want = attention(q, k, v, **options)
-    assert not errors_beyond(OUTPUT, {"out": out}, {"out": want["out"]})
-    assert not errors_beyond(1e-5, {"lse": lse}, {"lse": want["lse"]})
+    assert_is(want, out, lse)
     assert not errors_beyond(GRADIENT, gradients, attention_gradients(q, k, v, d_out, d_lse, **options))
 
 
@@ -121,8 +126,7 @@ def test_a_last_round_cut_in_parts_equals_the_oracle(N, K, short, monkeypatch, m
     dq, dk, dv = back((jnp.asarray(d_out), jnp.asarray(d_lse)))
     gradients = {"dq": dq, "dk": dk, "dv": dv}
     want = attention(q, k, v, scale=case.H**-0.5)
-    assert not errors_beyond(OUTPUT, {"out": out}, {"out": want["out"]})
-    assert not errors_beyond(1e-5, {"lse": lse}, {"lse": want["lse"]})
+    assert_is(want, out, lse)
     assert not errors_beyond(GRADIENT, gradients, attention_gradients(q, k, v, d_out, d_lse, scale=case.H**-0.5))
 
 
@@ -166,9 +170,7 @@ def test_blocks_that_work_off_several_tiles_equal_the_oracle(two_multiprocessors
     (order,) = two_multiprocessors
     assert order.known == known
     assert order.items.shape[1] > 2
-    want = attention(q, k, v, **case.mask_options(), scale=0.125)
-    assert not errors_beyond(OUTPUT, {"out": out}, {"out": want["out"]})
-    assert not errors_beyond(1e-5, {"lse": lse}, {"lse": want["lse"]})
+    assert_is(attention(q, k, v, **case.mask_options(), scale=0.125), out, lse)
 
 
 KEYS_OF_FEW_STEPS = {
@@ -212,9 +214,7 @@ def test_clusters_leave_what_is_cut_for_all(monkeypatch, multiprocessors):
     mask = make_mask(case.T, case.S)
     assert hopper._in_clusters(mask, case.N, case.T)
     out, lse = hopper_attention(q, k, v, mask, scale=0.125, interpret=plgpu.InterpretGPUParams(detect_races=True))
-    want = attention(q, k, v, scale=0.125)
-    assert not errors_beyond(OUTPUT, {"out": out}, {"out": want["out"]})
-    assert not errors_beyond(1e-5, {"lse": lse}, {"lse": want["lse"]})
+    assert_is(attention(q, k, v, scale=0.125), out, lse)
 
 
 @pytest.mark.slow

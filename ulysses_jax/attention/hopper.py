@@ -448,8 +448,9 @@ def _forward_tiles(
     if parts:
         order = Order(np.arange(parts * left).reshape(-1, 1), known=True)
     elif tilings.persistent:
-        shares = tiles // cluster, key_bytes, cluster * rows, block, lists, left // cluster, cluster
-        order = _order_of_queries(mask, B * N, *shares)
+        order = _order_of_queries(
+            mask, B * N, tiles // cluster, key_bytes, cluster * rows, block, lists, left // cluster, cluster
+        )
     else:
         order = Order(in_order(B * N, tiles, key_bytes, heaviest_last=True).reshape(-1, 1), _is_known(mask))
     walk = _Walk.of(mask.live_keys(), cluster * rows, block, order, N, lists)
