@@ -17,8 +17,6 @@ import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from ulysses_jax.runtime import write_whole
-
 __all__ = ["Checkpoints", "damage"]
 
 MANIFEST = "manifest.json"
@@ -78,7 +76,9 @@ class Checkpoints:
         """Once it is written: what is signed later may be damaged by then."""
         self._manager.wait_until_finished()
         if jax.process_index() == 0:
-            write_whole(folder / MANIFEST, json.dumps(_checksums(folder)))
+            part = folder / f"{MANIFEST}.part"
+            part.write_text(json.dumps(_checksums(folder)))
+            part.replace(folder / MANIFEST)
 
     def restore(self, like: Tree, *, part: bool = False) -> tuple[int, Tree] | None:
         """The newest undamaged save, laid out as `like`: a tree of `jax.ShapeDtypeStruct` with shardings.

@@ -27,7 +27,6 @@ __all__ = [
     "initialize",
     "reserve_memory",
     "stopping",
-    "write_whole",
 ]
 
 PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
@@ -137,13 +136,6 @@ def as_process_0_has_it(value: Any) -> Any:
     length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
     sent = multihost_utils.broadcast_one_to_all(text if len(text) == length else np.zeros(length, np.uint8))
     return json.loads(np.asarray(sent).tobytes())
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file of which nobody ever reads a part."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text)
-    part.replace(path)
 
 
 @contextmanager

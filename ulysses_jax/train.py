@@ -34,7 +34,7 @@ from ulysses_jax.memory import HOST, stream_update, to_host
 from ulysses_jax.mesh import DATA, RING, SEQ, make_mesh, token_order, token_spec
 from ulysses_jax.model import Transformer
 from ulysses_jax.report import claim, conclude, describe, draw_losses, read_metrics, read_summary, reporting
-from ulysses_jax.runtime import Stop, alone, as_process_0_has_it, stopping, write_whole
+from ulysses_jax.runtime import Stop, alone, as_process_0_has_it, stopping
 from ulysses_jax.ulysses import ShardAttention
 from ulysses_jax.zero import Stored, Unshard, hold, zero_shardings
 
@@ -491,7 +491,9 @@ def _finish(out: Path, summary: dict[str, float]) -> None:
     entropy = summary.get("unigram_bits_per_byte")
     baseline = None if entropy is None else ("entropy of single bytes, held out", entropy)
     draw_losses(read_metrics(out / "metrics.jsonl"), out / "loss.png", baseline=baseline)
-    write_whole(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    unfinished = out / "summary.tmp"
+    unfinished.write_text(json.dumps(summary, indent=2) + "\n")
+    unfinished.replace(out / "summary.json")
 
 
 def _on_mesh(local: Callable, config: TrainConfig, mesh: Mesh, graph, parts: tuple, out_specs) -> Callable:
