@@ -173,36 +173,6 @@ def test_blocks_that_work_off_several_tiles_equal_the_oracle(two_multiprocessors
     assert_is(attention(q, k, v, **case.mask_options(), scale=0.125), out, lse)
 
 
-KEYS_OF_FEW_STEPS = {
-    "causal_groups": Case(B=1, T=512, N=4, K=2, H=64, is_causal=True),
-    "window": Case(B=1, T=1030, N=1, H=128, local_window_size=(150, 60)),
-    "few_queries": Case(B=1, T=100, S=1030, N=1, H=64, is_causal=True),
-    "packed": Case(B=2, T=530, N=2, K=1, H=64, is_causal=True, segments="packed"),
-    "blocks_a_head": Case(B=1, T=530, N=2, H=128, block=128, layouts=2),
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", KEYS_OF_FEW_STEPS)
-def test_blocks_of_the_backward_that_work_off_several_tiles_equal_the_oracle(name, monkeypatch, multiprocessors):
-    """Keys overwritten before the gradients that leave through their buffers are out, or before another warpgroup has read them,
-    are a race; buffers counted anew in each tile break the rest. Tiles that no query sees are walked in no step.
-    """
-    case = KEYS_OF_FEW_STEPS[name]
-    multiprocessors(2)
-    monkeypatch.setattr(hopper, "parts_of_group", lambda group, tiles: 1)
-    met, inner = [], hopper._launch
-    monkeypatch.setattr(hopper, "_launch", lambda *a, **options: met.append((a[1], options["blocks"])) or inner(*a, **options))
-    q, k, v, d_out, d_lse = map(jnp.asarray, case.arrays("bfloat16").values())
-    mask = make_mask(case.T, case.S or case.T, **case.mask_options())
-    interpret = plgpu.InterpretGPUParams(detect_races=True)
-    _, back = jax.vjp(lambda q, k, v: hopper_attention(q, k, v, mask, scale=0.125, interpret=interpret), q, k, v)
-    gradients = dict(zip(("dq", "dk", "dv"), back((d_out, d_lse)), strict=True))
-    assert met[-1] == ("ulysses_attention_backward_dk_dq_dv", 2)
-    want = attention_gradients(q, k, v, d_out, d_lse, **case.mask_options(), scale=0.125)
-    assert not errors_beyond(GRADIENT, gradients, want)
-
-
 @pytest.mark.slow
 def test_clusters_leave_what_is_cut_for_all(monkeypatch, multiprocessors):
     """On four multiprocessors, two clusters, nine pairs of tiles leave one. Its two tiles taken for pairs break it."""

@@ -56,8 +56,6 @@ WARPGROUP_ROWS = 64  # rows of a product that one warpgroup holds
 # each warpgroup for the copies before, another for what it wrote, and one in shared memory for both.
 MEET = f"fence.proxy.async.shared::cta; bar.sync 8, {2 * 128};"
 
-FEW_STEPS = 48  # of 64 queries: what a tile of keys of the backward walks, where its beginning and end weigh
-
 i32 = jnp.int32
 
 
@@ -352,29 +350,18 @@ def _in_clusters(mask: Mask, heads: int, T: int) -> bool:
     return _is_known(mask) and mask.window is None and not short and not odd and heads * pairs >= 4 * clusters
 
 
-def _steps_known(mask: Mask, tile: int, step: int, lists, *, keys: bool = False) -> tuple[int, ...] | None:
-    """For each tile of queries, or keys, the tiles of the other it walks (of all heads, or of each), if known beforehand."""
+def _steps_known(mask: Mask, tile: int, step: int, lists) -> tuple[int, ...] | None:
+    """For each tile of queries the tiles of keys it walks (of all heads, or of each), where that is known beforehand."""
     if mask.query_ids is not None or mask.shift is not None:
         return None
     if lists is not None:
         counts = lists[1]
         return None if isinstance(counts, Tracer) else tuple(np.maximum(np.asarray(counts), 1).ravel().tolist())
-    rows, columns = mask.query_length, mask.key_length
-    back, ahead = mask.window or (rows + columns,) * 2
-    ahead = 0 if mask.is_causal else ahead
-    if keys:
-        rows, columns, back, ahead = columns, rows, ahead, back
-    start = np.arange(0, rows, tile)
-    last = np.minimum(start + tile, rows) - 1 + ahead
-    steps = np.minimum(last, columns - 1) // step - np.maximum(start - back, 0) // step + 1
+    left, right = mask.window or (mask.key_length + mask.query_length,) * 2
+    start = np.arange(0, mask.query_length, tile)
+    last = np.minimum(start + tile, mask.query_length) - 1 + (0 if mask.is_causal else right)
+    steps = np.minimum(last, mask.key_length - 1) // step - np.maximum(start - left, 0) // step + 1
     return tuple(np.maximum(steps, 1).tolist())
-
-
-def _few_steps(mask: Mask, weights: tuple[int, ...] | None, group: int) -> bool:
-    """Do tiles of keys walk so few of queries that their beginnings and ends weigh?"""
-    if weights is None:
-        return mask.query_ids is not None
-    return sum(weights) * (1 if mask.blocks is not None else group) <= FEW_STEPS * len(weights)
 
 
 def _hides_nothing(mask: Mask, T: int, S: int) -> bool:
@@ -886,18 +873,11 @@ def _keys_kernel(
     group = N // K
     known = _is_known(mask)  # then, if causal, the first tile is the heaviest
     # A head's queries and cotangents in 16 bits, and dQ in 32, are what all its tiles of keys share.
-    lists, shared_bytes = _query_lists(mask, rows, block, N, K), 4 * q.nbytes // (B * K)
-    weights = _steps_known(mask, rows, block, lists, keys=True)
-    many = HEAD_DIMS[H].persistent and not left and B * K * tiles >= 4 * schedule.multiprocessors()
-    if many and _few_steps(mask, weights, group):
-        order = spread(B * K, tiles, shared_bytes) if weights is None else dealt(B * K, tiles, shared_bytes, weights)
-    else:
-        order = in_order(B * K, tiles, shared_bytes, heaviest_last=not known).reshape(-1, 1)
-        order = Order(order[order[:, 0] < B * K * tiles - left], known)
-    stay = order.items.shape[1] > 1
+    order = in_order(B * K, tiles, 4 * q.nbytes // (B * K), heaviest_last=not known).reshape(-1, 1)
+    order = Order(order[order[:, 0] < B * K * tiles - left], known)
     # Keys past S are rows that see nothing: a tile that has some is never taken for full, as exp2(0 − lse2) may be infinite.
     seen = tuple(_pad(x, 1, rows) for x in mask.live_queries())
-    walk = _Walk.of(seen, rows, block, order, K, lists)
+    walk = _Walk.of(seen, rows, block, order, K, _query_lists(mask, rows, block, N, K))
     lse2, delta = _pad(lse2, 2, block, jnp.inf), _pad(delta, 2, block)
     want_dq, want_dk, want_dv = ("dq" in wanted), ("dk" in wanted), ("dv" in wanted)
     share = want_dq and H > 64
@@ -910,15 +890,13 @@ def _keys_kernel(
         refs, scratch = rest[:-1], rest[-1]
         outs = dict(zip([name for name in ("dq", "dk", "dv") if name in wanted], refs, strict=True))
         k_smem, v_smem, k_halves, q_smem, do_smem, lse_smem, delta_smem, ds_smem, dq_smem = scratch[:9]
-        kv_here, kv_free, q_here, do_here, q_free, do_free, met = scratch[9:]
+        kv_here, q_here, do_here, q_free, do_free, met = scratch[9:]
         warpgroup = lax.axis_index("warpgroup")
+        tile = _Tile(items.at[lax.axis_index("block"), 0], lists)
+        batch, kv_head = tile.batch, tile.head
+        steps = jnp.maximum(tile.end - tile.first, 0) * (group if tile.lists is None else 1)
 
-        def item(nth):
-            """(tile, steps) of an item. Each begins with all buffers of queries free."""
-            tile = _Tile(items.at[lax.axis_index("block"), nth], lists)
-            return tile, jnp.maximum(tile.end - tile.first, 0) * (group if tile.lists is None else 1)
-
-        def each_step(tile, steps, step, carry):
+        def each_step(step, carry):
             """`step(n, code, carry)` for the tiles of all heads that read this KV head."""
 
             def body(n, carry):
@@ -928,9 +906,9 @@ def _keys_kernel(
 
             return lax.fori_loop(i32(0), steps, body, (carry, tile.peek(0)))[0]
 
-        def gradients(nth, _):
-            tile, steps = item(nth)
-            batch, kv_head = tile.batch, tile.head
+        @pl.when(warpgroup < 2)
+        def compute():
+            plgpu.set_max_registers(registers[0], action="increase")
             own = pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
             base = tile.index * rows + warpgroup * WARPGROUP_ROWS
             ranges = tuple(_per_row(_rows_at(ref, batch, base, WARPGROUP_ROWS)) for ref in (first, end))
@@ -1020,11 +998,11 @@ def _keys_kernel(
 
             if interpret:
                 zeros = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, H), jnp.float32), WGMMA)
-                sums = each_step(tile, steps, step, (zeros, zeros))
+                sums = each_step(step, (zeros, zeros))
             else:
 
                 def accumulated(dk_ref, dv_ref):
-                    each_step(tile, steps, lambda n, code, _: step(n, code, (dk_ref, dv_ref)) and None, None)
+                    each_step(lambda n, code, _: step(n, code, (dk_ref, dv_ref)) and None, None)
                     return dk_ref[...] if want_dk else None, dv_ref[...] if want_dv else None
 
                 sums = pl.run_scoped(accumulated, *(plgpu.ACC((WARPGROUP_ROWS, H), jnp.float32),) * 2)
@@ -1038,48 +1016,32 @@ def _keys_kernel(
                 if name in wanted:
                     plgpu.copy_smem_to_gmem(smem.at[own], outs[name].at[batch, pl.ds(base, WARPGROUP_ROWS), kv_head])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            if stay:
-                plgpu.barrier_arrive(kv_free)
 
-        def fill(nth, _):
-            tile, steps = item(nth)
-            kv_head = tile.head
-            keys = (tile.batch, pl.ds(tile.index * rows, rows), lax.div(kv_head, i32(parts)))
-            if stay:
-                pl.when(nth > 0)(lambda: plgpu.barrier_wait(kv_free))
+        @pl.when(warpgroup == 2)
+        def copy():
+            plgpu.set_max_registers(registers[1], action="decrease")
+            keys = (batch, pl.ds(tile.index * rows, rows), lax.div(kv_head, i32(parts)))
             plgpu.copy_gmem_to_smem(k_ref.at[keys], k_smem, kv_here)
             plgpu.copy_gmem_to_smem(v_ref.at[keys], v_smem, kv_here)
             for half in range(2 if share else 0):
                 plgpu.copy_gmem_to_smem(k_ref.at[(*keys, pl.ds(half * columns, columns))], k_halves.at[half], kv_here)
 
-            def fill_step(n, code, _):
+            def fill(n, code, _):
                 head, i, _ = tile.visit(n, code, group)
                 head = kv_head * group + head
                 slot, at = lax.rem(n, i32(stages)), pl.ds(i * block, block)
                 pl.when(n >= stages)(lambda: plgpu.barrier_wait(q_free.at[lax.rem(n + lag, i32(stages))]))
-                plgpu.copy_gmem_to_smem(q_ref.at[tile.batch, at, head], q_smem.at[slot], q_here.at[slot])
-                plgpu.copy_gmem_to_smem(lse_ref.at[tile.batch, head, at], lse_smem.at[slot], q_here.at[slot])
-                plgpu.copy_gmem_to_smem(delta_ref.at[tile.batch, head, at], delta_smem.at[slot], q_here.at[slot])
+                plgpu.copy_gmem_to_smem(q_ref.at[batch, at, head], q_smem.at[slot], q_here.at[slot])
+                plgpu.copy_gmem_to_smem(lse_ref.at[batch, head, at], lse_smem.at[slot], q_here.at[slot])
+                plgpu.copy_gmem_to_smem(delta_ref.at[batch, head, at], delta_smem.at[slot], q_here.at[slot])
                 pl.when(n >= stages)(lambda: plgpu.barrier_wait(do_free.at[slot]))
-                plgpu.copy_gmem_to_smem(do_ref.at[tile.batch, at, head], do_smem.at[slot], do_here.at[slot])
+                plgpu.copy_gmem_to_smem(do_ref.at[batch, at, head], do_smem.at[slot], do_here.at[slot])
                 if lag:  # the first to be let go was never filled
                     pl.when(n == stages - 1)(lambda: plgpu.barrier_wait(q_free.at[0]))
 
-            each_step(tile, steps, fill_step, None)
+            each_step(fill, None)
             _drain(steps + lag, stages, q_free)
             _drain(steps, stages, do_free)
-
-        @pl.when(warpgroup < 2)
-        def compute():
-            plgpu.set_max_registers(registers[0], action="increase")
-            _each_item(items, gradients, None)
-
-        @pl.when(warpgroup == 2)
-        def copy():
-            plgpu.set_max_registers(registers[1], action="decrease")
-            _each_item(items, fill, None)
-            if stay:
-                plgpu.barrier_wait(kv_free)
 
     padded = pl.cdiv(T, block) * block
     outs = {name: jax.ShapeDtypeStruct((B, tiles * rows, K, H), k.dtype) for name in ("dk", "dv") if name in wanted}
@@ -1103,7 +1065,6 @@ def _keys_kernel(
             _smem((2, rows, block) if want_dq else (1, 8, 64), q.dtype),
             _smem((2, block, columns) if want_dq else (1, 8, 32), jnp.float32),
             plgpu.Barrier(num_arrivals=4 if share else 2),
-            plgpu.Barrier(num_arrivals=2),
             plgpu.Barrier(num_barriers=stages, num_arrivals=3),
             plgpu.Barrier(num_barriers=stages),
             *(plgpu.Barrier(num_barriers=stages, num_arrivals=2),) * 2,
