@@ -78,7 +78,7 @@ class Tilings(NamedTuple):
 
 
 HEAD_DIMS = {
-    64: Tilings(Tiling(128, 2), Tiling(64, 2), Tiling(64, 2), fused=True, persistent=True),
+    64: Tilings(Tiling(128, 2), Tiling(64, 2), Tiling(128, 2), fused=True, persistent=True),
     128: Tilings(Tiling(128, 2), Tiling(64, 2), Tiling(64, 2), fused=True, persistent=True),
     256: Tilings(Tiling(64, 2), Tiling(64, 1), Tiling(64, 1), fused=False, persistent=False),
 }
@@ -882,9 +882,10 @@ def _keys_kernel(
     want_dq, want_dk, want_dv = ("dq" in wanted), ("dk" in wanted), ("dv" in wanted)
     share = want_dq and H > 64
     columns = H // 2 if share else H  # of dQ, a warpgroup's
+    ds_slots = 2 if share else 1  # one is written while the other warpgroup still reads the other
     interpret = bool(options.interpret)
     # Steps that pass before a step's queries are let go: its last product runs on beside the first one of the next.
-    lag = int(want_dq and stages > 1)
+    lag = int(share and stages > 1)
 
     def kernel(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, items, lists, first, end, *rest):
         refs, scratch = rest[:-1], rest[-1]
@@ -950,7 +951,9 @@ def _keys_kernel(
                 if want_dv:
                     dv = _accumulate(dv, p, do_smem.at[slot], interpret)
                 if want_dq:
-                    mine = ds_smem.at[lax.rem(n, i32(2))]
+                    if not (share or interpret):  # from registers: nothing is to be waited for
+                        plgpu.wgmma(dk, ds, q_smem.at[slot])
+                    mine = ds_smem.at[lax.rem(n, i32(ds_slots))]
                     if interpret or not share:
                         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     else:
@@ -969,9 +972,9 @@ def _keys_kernel(
                             plgpu.wgmma(dq_ref, mine.transpose((1, 0)), k_halves.at[this])
                         else:
                             plgpu.wgmma(dq_ref, mine.at[own].transpose((1, 0)), k_smem.at[keys])
-                        if not interpret:
+                        if share and not interpret:
                             plgpu.wgmma(dk, mine.at[own], q_smem.at[slot])
-                        return plgpu.wgmma_accumulator_load(dq_ref, wait_n=0 if interpret else 1)
+                        return plgpu.wgmma_accumulator_load(dq_ref, wait_n=1 if share and not interpret else 0)
 
                     dq = pl.run_scoped(dq_and_dk, plgpu.ACC((block, columns), jnp.float32))
                     if interpret:
@@ -1062,7 +1065,7 @@ def _keys_kernel(
             _smem((2, rows, columns) if share else (1, 8, 64), q.dtype),
             *(_smem((stages, block, H), q.dtype),) * 2,
             *(plgpu.SMEM((stages, block), jnp.float32),) * 2,
-            _smem((2, rows, block) if want_dq else (1, 8, 64), q.dtype),
+            _smem((ds_slots, rows, block) if want_dq else (1, 8, 64), q.dtype),
             _smem((2, block, columns) if want_dq else (1, 8, 32), jnp.float32),
             plgpu.Barrier(num_arrivals=4 if share else 2),
             plgpu.Barrier(num_barriers=stages, num_arrivals=3),
