@@ -445,6 +445,8 @@ def _forward_tiles(
         walk = walk._replace(items=jnp.asarray(_items_of_parts(left, parts, tiles - left, S // block // parts)))
     out_at = (tiles - left) * rows if parts else 0
     q_slots = min(2, order.items.shape[1])  # the next item's queries come while this one's are in use
+    # Where tiles have few steps, one begins beside the last product of the one before; it costs long ones 1 %.
+    beside = lists is not None and q_slots > 1
     # Held in registers through a tile, its queries spare shared memory a fifth of what is read of it: faster in clusters alone.
     held = cluster > 1 and not options.interpret
     uneven = cluster > 1 and mask.is_causal
@@ -502,8 +504,9 @@ def _forward_tiles(
             return p.astype(q.dtype), new_top, total * fade + p.sum(axis=1), fade
 
         def turn(queries, slot, before, acc, p, top, total, softened: Callable):
-            """(acc + P V, and what `softened` makes of the logits): Q Kᵀ of a tile, beside P V of the tile before, under whose
-            product the softmax of this one runs.
+            """Q Kᵀ of a tile, beside P V of the tile before, under whose product the softmax of this one runs.
+
+            (acc + P V, and what `softened` makes of the logits); the queries may be another item's.
             """
             plgpu.barrier_wait(k_here.at[slot])
 
@@ -557,13 +560,17 @@ def _forward_tiles(
             hidden = lambda x: _hide(x, tuple(map(_per_row, ranges)), j * block)  # noqa: E731
             return hidden if hide else lambda x: lax.cond(full(), lambda x: x, hidden, x)
 
-        def attend(n, done):
-            """Item n to its output, after so many steps of the items before."""
+        def opening(n):
+            """What hides, of item n's first logits, those that their rows do not see."""
+            tile, steps, _, ranges = item(n)
+            return hiding(tile, steps, ranges, i32(0), tile.peek(0), True)
+
+        def begin(n, done):
+            """Steps done, the queries of item n, and the softmax of its first logits by itself."""
             plgpu.barrier_wait(q_here.at[lax.rem(n, i32(q_slots))])
-            tile, steps, mine, ranges = item(n)
             if uneven:
-                done = pass_by(tile, done)
-            queries = plgpu.load(mine, layout=WGMMA) if held else mine
+                done = pass_by(item(n)[0], done)
+            queries = plgpu.load(item(n)[2], layout=WGMMA) if held else item(n)[2]
             slot = lax.rem(done, i32(stages))
             plgpu.barrier_wait(k_here.at[slot])
 
@@ -573,15 +580,26 @@ def _forward_tiles(
 
             x = pl.run_scoped(first_logits, plgpu.ACC((WARPGROUP_ROWS, block), jnp.float32))
             plgpu.barrier_arrive(k_free.at[slot])
-            opening = hiding(tile, steps, ranges, i32(0), tile.peek(0), hide=True if lists is None else None)
-            p, top, total, _ = soften(x, top_of_none, total_of_none, opening)
-            if q_slots > 1:  # by now the output before is on its way
+            p, top, total, _ = soften(x, top_of_none, total_of_none, opening(n))
+            if q_slots > 1 and not beside:  # by now the output before is on its way
                 pl.when(n > 0)(lambda: store_and_free(n - 1))
+            return done, queries, p, top, total
+
+        def attend(n, carry, count):
+            """Item n to its output, from its beginning or, where the item before has begun it, from after its first softmax.
+
+            Beside the last product of the last item its own first tile is begun once more, for nothing: the way around it would
+            be a second loop over steps, and with two of them ptxas runs every product to its end before the next.
+            """
+            done, queries, p, top, total = (carry[0], item(n)[2], *carry[1:]) if beside else begin(n, carry)
+            tile, steps, mine, ranges = item(n)
 
             def step(i, carry, hide=None if partial_loop else False):
                 acc, p, top, total, code = carry
                 following = tile.peek(i + 1)
                 slot, before = lax.rem(done + i, i32(stages)), lax.rem(done + i - 1, i32(stages))
+                if beside:
+                    pl.when((i == 2) & (n > 0))(lambda: store_and_free(n - 1))
                 softened = lambda x: soften(x, top, total, hiding(tile, steps, ranges, i, code, hide))  # noqa: E731
                 acc, p, top, total, fade = turn(queries, slot, before, acc, p, top, total, softened)
                 return acc * lax.broadcast_in_dim(fade, acc.shape, [0]), p, top, total, following
@@ -595,11 +613,20 @@ def _forward_tiles(
             before = lax.rem(done + steps - 1, i32(stages))
             # Read before the last product, as it is far away.
             spoilt = 0.0 if mask.contiguous is None else broken_ref[tile.batch if broken_ref.shape[0] > 1 else 0]
-            plgpu.barrier_wait(v_here.at[before])
-            acc = _added(acc, p, v_smem.at[before], options.interpret)
-            plgpu.barrier_arrive(v_free.at[before])
+            following = ()
+            if beside:
+                pl.when((steps <= 2) & (n > 0))(lambda: store_and_free(n - 1))
+                pl.when(n + 1 < count)(lambda: plgpu.barrier_wait(q_here.at[lax.rem(n + 1, i32(q_slots))]))
+                after = jnp.minimum(n + 1, count - 1)
+                softened = lambda x: soften(x, top_of_none, total_of_none, opening(after))  # noqa: E731
+                slot = lax.rem(done + steps, i32(stages))
+                acc, *following, _ = turn(item(after)[2], slot, before, acc, p, top, total, softened)
+            else:
+                plgpu.barrier_wait(v_here.at[before])
+                acc = _added(acc, p, v_smem.at[before], options.interpret)
+                plgpu.barrier_arrive(v_free.at[before])
             finish(tile, mine, acc, top, total, spoilt)
-            return done + steps
+            return (done + steps, *following) if beside else done + steps
 
         def finish(tile, mine, acc, top, total, spoilt):
             """The output of an item leaves through the buffer of its queries."""
@@ -616,9 +643,10 @@ def _forward_tiles(
         @pl.when(warpgroup < 2)
         def compute():
             plgpu.set_max_registers(registers[0], action="increase")
-            _each_item(items, attend, i32(0))
+            count, zero = _count(items), i32(0)
+            _each_item(items, functools.partial(attend, count=count), (zero, *begin(zero, zero)[2:]) if beside else zero)
             if q_slots > 1:
-                store_and_free(_count(items) - 1)
+                store_and_free(count - 1)
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(warpgroup == 2)
@@ -668,10 +696,16 @@ def _forward_tiles(
                 return done + steps
 
             fill_queries(i32(0))
-            done = _each_item(items, fill_item, i32(0))
+            done, again = _each_item(items, fill_item, i32(0)), int(beside)
+            if beside:  # what the last item's end begins: its keys count for nothing
+                tile, slot = _Tile(items.at[lax.axis_index("block"), count - 1], lists), lax.rem(done, i32(stages))
+                pl.when(done >= stages)(lambda: plgpu.barrier_wait(k_free.at[slot]))
+                source = (tile.batch, pl.ds(0, block), lax.div(tile.head, i32(group)))
+                plgpu.copy_gmem_to_smem(k_ref.at[source], k_smem.at[slot], k_here.at[slot])
             if q_slots > 1:
                 _drain(count, q_slots, q_free)
-            _drain(done, stages, k_free, v_free)
+            _drain(done + again, stages, k_free)
+            _drain(done, stages, v_free)
 
     freed = functools.partial(plgpu.ClusterBarrier, collective_axes=("member",)) if cluster > 1 else plgpu.Barrier
     batches, length, heads = (parts, left * rows, 1) if parts else (B, tiles * rows, N)
