@@ -246,7 +246,8 @@ def test_cudnn_refuses_odd_lengths():
     ("head_dim", "options", "chosen"),
     [
         (128, {}, "pallas"),
-        (64, {}, "cudnn"),
+        (64, {}, "pallas"),
+        (96, {}, "cudnn"),
         (64, {"logits_soft_cap": 30.0}, "pallas"),
         (96, {"logits_soft_cap": 30.0}, "pallas"),
         (320, {"logits_soft_cap": 30.0}, "xla"),

@@ -247,7 +247,7 @@ def make_plan(model: ModelConfig, gpu: costs.Gpu, devices: int, length: int, *, 
 
 def _kernel(gpu: costs.Gpu, model: ModelConfig) -> Any:
     """The implementation of attention that the plan is for, without documents, to be named to the run: on Hopper GPUs the
-    Pallas kernels for every head that they have, which `attention.resolve` takes by itself for those of 128.
+    Pallas kernels for every head that they have, which `attention.resolve` takes by itself for those of 64 and 128.
     """
     if model.dtype != "bfloat16" or model.head_dim > max(costs.KERNEL_HEAD_DIMS):
         return "xla"

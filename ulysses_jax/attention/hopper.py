@@ -866,6 +866,8 @@ def _keys_kernel(
     B, T, N, H = q.shape
     S = k.shape[1]
     block, stages, registers = HEAD_DIMS[H].keys
+    if options.soft_cap is not None:
+        block = min(block, 64)  # its slope takes as many registers as a product
     rows = 2 * WARPGROUP_ROWS
     tiles = pl.cdiv(S, rows)
     parts = parts_of_group(N // k.shape[2], tiles)  # a KV head counts for so many
