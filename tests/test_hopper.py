@@ -21,6 +21,7 @@ from ulysses_jax.attention import hopper, schedule
 from ulysses_jax.attention.hopper import HEAD_DIMS, hopper_attention
 from ulysses_jax.attention.masks import BlockMask, make_mask, tile_ranges
 from ulysses_jax.attention.reference import reference_attention
+from ulysses_jax.attention.walk import in_clusters
 from ulysses_jax.ulysses import ulysses_attention_shard
 
 # bfloat16 results against float64 of the same inputs: each gradient within 5e-3, the output within 3e-3.
@@ -91,19 +92,6 @@ def test_interpreted_equals_the_oracle_and_has_no_races(name, monkeypatch):
     assert not errors_beyond(GRADIENT, gradients, attention_gradients(q, k, v, d_out, d_lse, **options))
 
 
-@pytest.fixture
-def multiprocessors(monkeypatch):
-    """`multiprocessors(n)`: so many in place of 132, for what is dealt in this test."""
-
-    def clear() -> None:
-        for cached in (schedule.in_order, schedule.dealt, schedule.spread):
-            cached.cache_clear()
-
-    clear()
-    yield lambda n: monkeypatch.setattr(schedule, "multiprocessors", lambda: n)
-    clear()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("N", "K", "short"), [(1, 1, 0), (2, 1, 0), (1, 1, 3)])
 def test_a_last_round_cut_in_parts_equals_the_oracle(N, K, short, monkeypatch, multiprocessors):
@@ -133,14 +121,14 @@ def test_a_last_round_cut_in_parts_equals_the_oracle(N, K, short, monkeypatch, m
 @pytest.fixture
 def two_multiprocessors(monkeypatch, multiprocessors):
     """So that each block of a small case works off several tiles; gives the orders that are met."""
-    met, inner = [], hopper._order_of_queries
+    met, inner = [], hopper.order_of_queries
 
     def order_of_queries(*arguments):
         met.append(inner(*arguments))
         return met[-1]
 
     multiprocessors(2)
-    monkeypatch.setattr(hopper, "_order_of_queries", order_of_queries)
+    monkeypatch.setattr(hopper, "order_of_queries", order_of_queries)
     return met
 
 
@@ -182,7 +170,7 @@ def test_clusters_leave_what_is_cut_for_all(monkeypatch, multiprocessors):
     assert schedule.last_round(18, 2, 4) == (2, 2)
     q, k, v, *_ = map(jnp.asarray, case.arrays("bfloat16").values())
     mask = make_mask(case.T, case.S)
-    assert hopper._in_clusters(mask, case.N, case.T)
+    assert in_clusters(mask, case.N, case.T, 128)
     out, lse = hopper_attention(q, k, v, mask, scale=0.125, interpret=plgpu.InterpretGPUParams(detect_races=True))
     assert_is(attention(q, k, v, scale=0.125), out, lse)
 
@@ -306,91 +294,6 @@ def test_the_walk_visits_just_the_live_tiles_and_masks_just_the_partial(T, S, op
         visited, masked = walked(np.asarray(tile_ranges(*rows, height, width)), live.shape[2])
         np.testing.assert_array_equal(visited, live)
         np.testing.assert_array_equal(masked, live & ~full)
-
-
-WALKED = {
-    "packed": Case(B=2, T=1000, N=3, is_causal=True, segments="packed"),
-    "blocks": Case(B=2, T=1000, N=3, block=128, is_causal=True),
-    "blocks_a_head": Case(B=2, T=1000, N=3, block=128, layouts=3),
-    "packed_blocks_a_head": Case(B=2, T=1000, N=3, block=128, layouts=3, segments="packed"),
-}
-
-
-@pytest.mark.parametrize("known", [True, False])
-@pytest.mark.parametrize("name", WALKED)
-def test_items_are_the_tiles_of_each_head_of_each_sequence_with_their_steps(name, known, monkeypatch):
-    """The steps of the first head or sequence for all, or tiles in their own order where steps are not `known`, break it."""
-    monkeypatch.setattr(hopper, "evened", lambda steps: np.arange(steps.size).reshape(steps.shape))  # tested by itself
-    case, tile, step = WALKED[name], 128, 64
-    documents = [np.repeat([1, 2, 3], lengths) for lengths in ([90, 710, 200], [500, 150, 350])]
-    ids = None if case.segments is None else jnp.asarray(documents)
-    options: dict[str, Any] = case.mask_options() | {"segment_ids": ids}
-    mask, tiles = make_mask(case.T, **options), -(-case.T // tile)
-    sizes = case.B * case.N, tiles, 1 << 20
-    order = schedule.dealt(*sizes, tuple(range(tiles))) if known else schedule.spread(*sizes)
-    lists = hopper._key_lists(mask, tile, step)
-    walk = hopper._Walk.of(mask.live_keys(), tile, step, order, case.N, lists)
-    items, codes = np.asarray(walk.items), np.asarray(walk.lists)
-    live, full = (np.broadcast_to(np.asarray(x), (case.N, case.B, tiles, x.shape[3])) for x in mask.tile_tables(tile, step))
-    met = {}
-    for row, named in zip(items, order.items, strict=True):
-        assert (row[:, 7] == (named >= 0).sum()).all()
-        for (batch, head, index, first, end, *more), nth in zip(row[:, :7].tolist(), named.tolist(), strict=True):
-            if nth < 0:
-                continue
-            here = live[head, batch, index], full[head, batch, index]
-            if lists is None:
-                at = np.arange(len(here[0]))
-                shown = (at >= first) & (at < end), (at >= more[0]) & (at < more[1])
-            else:
-                listed = codes[more[0], : end - first]
-                assert more[1] == codes[more[0], 0]
-                shown = tuple(
-                    np.isin(np.arange(len(here[0])), listed[chosen] // 2) for chosen in (listed >= 0, listed % 2 == 1)
-                )
-            np.testing.assert_array_equal(shown[0], here[0])
-            np.testing.assert_array_equal(shown[1] & here[0], here[1] & here[0])
-            met[batch, head, nth % tiles] = index, end - first
-    assert len(met) == len({(*key[:2], index) for key, (index, _) in met.items()}) == case.B * case.N * tiles
-    for batch, head in np.ndindex(case.B, case.N):
-        found = [met[batch, head, n] for n in range(tiles)]
-        assert [index for index, _ in found] == list(range(tiles)) if known else sorted(found, key=lambda x: x[1]) == found
-
-
-@pytest.mark.parametrize("name", [name for name in WALKED if "packed" in name])
-def test_blocks_exchange_items_whole_and_keep_their_number(name, monkeypatch, multiprocessors):
-    """Counts that move with the items break it, as does an exchange that gives one item to two."""
-    case = WALKED[name]
-    mask, sizes = make_mask(case.T, **case.mask_options()), (case.B * case.N, 8, 1 << 20)
-    multiprocessors(5)
-    order, lists = schedule.spread(*sizes), hopper._key_lists(mask, 128, 64)
-    found = [np.asarray(hopper._Walk.of(mask.live_keys(), 128, 64, order, case.N, lists).items)]
-    monkeypatch.setattr(hopper, "evened", lambda steps: np.arange(steps.size).reshape(steps.shape))
-    found.append(np.asarray(hopper._Walk.of(mask.live_keys(), 128, 64, order, case.N, lists).items))
-    evened, dealt = found
-    np.testing.assert_array_equal(evened[:, :, 7], dealt[:, :, 7])
-    assert (evened != dealt).any()
-    evened, dealt = (sorted(map(tuple, items[order.items >= 0][:, :7].tolist())) for items in found)
-    assert evened == dealt
-
-
-@pytest.mark.parametrize("step", [64, 128])
-@pytest.mark.parametrize(
-    ("T", "S", "options"),
-    [
-        (1000, 1000, {"is_causal": True}),
-        (1000, 700, {}),
-        (1000, 300, {"is_causal": True, "local_window_size": (200, 9)}),
-        (700, 1000, {"local_window_size": (70, 250)}),
-        (1000, 1000, {"is_causal": True, "block_mask": BlockMask(np.random.default_rng(1).random((3, 8, 8)) < 0.5, 128)}),
-    ],
-)
-def test_steps_known_before_compiling_are_those_that_are_walked(T, S, options: dict[str, Any], step):
-    """A right side of the window that counts in a causal mask, or the first head's lists for all, breaks it."""
-    mask = make_mask(T, S, **options)
-    live, _ = mask.tile_tables(128, step)
-    steps = hopper._steps_known(mask, 128, step, hopper._key_lists(mask, 128, step))
-    np.testing.assert_array_equal(np.asarray(steps), np.maximum(np.asarray(live).sum(3), 1).ravel())
 
 
 def test_ids_that_come_back_give_nan_and_not_a_wrong_answer():

@@ -23,7 +23,6 @@ Overlap of the two products and the softmax follows FlashAttention-3 (arXiv 2407
 # pyright: reportPrivateImportUsage=false, reportArgumentType=false, reportOperatorIssue=false, reportAbstractUsage=false
 # pyright: reportReturnType=false
 
-import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator
@@ -34,14 +33,24 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.core import Tracer
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ulysses_jax.attention import schedule
 from ulysses_jax.attention.blocked import varying_like
-from ulysses_jax.attention.masks import Mask, make_mask, tile_ranges
-from ulysses_jax.attention.schedule import Order, dealt, evened, in_order, last_round, parts_of_group, spread
+from ulysses_jax.attention.masks import Mask, make_mask
+from ulysses_jax.attention.schedule import Order, in_order, last_round, parts_of_group
+from ulysses_jax.attention.walk import (
+    Tile,
+    Walk,
+    hides_nothing,
+    in_clusters,
+    is_known,
+    items_of_parts,
+    key_lists,
+    order_of_queries,
+    pad,
+    query_lists,
+)
 
 __all__ = ["HEAD_DIMS", "Tiling", "hopper_attention", "hopper_attention_backward", "hopper_lacks"]
 
@@ -131,7 +140,7 @@ def hopper_attention(
       interpret: run on the CPU by Mosaic's interpreter (`plgpu.InterpretGPUParams`); for tests.
     """
     options, T = _Options(scale, logits_soft_cap, deterministic, interpret), q.shape[1]
-    q, k, v = (_pad(x, 1, 8) for x in (q, k, v))  # TMA wants lengths in eights
+    q, k, v = (pad(x, 1, 8) for x in (q, k, v))  # TMA wants lengths in eights
     out, lse = cast(tuple[Array, Array], _attention(options, q, k, v, mask))
     return out[:, :T], lse[:, :, :T]
 
@@ -166,8 +175,8 @@ def hopper_attention_backward(
 ) -> tuple[Array, Array, Array]:
     """The share of these keys in (dQ, dK, dV), where `out` and `lse` may come from more keys than these."""
     options, T, S = _Options(scale, logits_soft_cap, deterministic, interpret), q.shape[1], k.shape[1]
-    q, k, v, out, d_out = (_pad(x, 1, 8) for x in (q, k, v, out, d_out))
-    lse = _pad(lse, 2, 8, -jnp.inf)
+    q, k, v, out, d_out = (pad(x, 1, 8) for x in (q, k, v, out, d_out))
+    lse = pad(lse, 2, 8, -jnp.inf)
     dq, dk, dv = _backward(options, q, k, v, mask, out, lse, d_out, jnp.zeros_like(lse))
     return dq[:, :T], dk[:, :S], dv[:, :S]
 
@@ -175,7 +184,7 @@ def hopper_attention_backward(
 def _with_heads_padded(*arrays: Array) -> Iterator[Array]:
     """[B, T, N, H] with H padded to a size that the kernels have. What a step saves is not."""
     size = next(size for size in HEAD_DIMS if size >= arrays[0].shape[3])
-    return (_pad(x, 3, size) for x in arrays)
+    return (pad(x, 3, size) for x in arrays)
 
 
 def _attention_bwd(options: _Options, saved, cotangents):
@@ -209,170 +218,11 @@ def _backward(options: _Options, q, k, v, mask: Mask, out, lse, d_out, d_lse) ->
     return dq, dk, dv
 
 
-class _Walk(NamedTuple):
-    """What the kernels read of a mask: for each tile the tiles to walk, and for each row the range it sees.
-
-    A block of threads works off one row of `items`, [blocks, items of a block, 8] int32, each the batch index, the head, the
-    tile, the first and end of its steps, two more, and the number of items. A cluster's two blocks share a row, of pairs of
-    tiles; where the last tiles are cut (`last_round`), the part stands for the batch index. Step i visits tile i, and the two
-    more are the first and end of those tiles that hide nothing; or, with a block mask, a row of `lists`, whose entry i is
-    (2 · tile + whether it hides nothing) · heads + head, of `heads` that walk one list, and the first entry of that row.
-    """
-
-    items: Array
-    lists: Array  # [rows, width] int32; [1, 1] without a block mask
-    first: Array  # [B or 1, padded rows] int32
-    end: Array
-
-    @classmethod
-    def of(cls, rows: tuple[Array, Array], tile: int, step: int, order: Order, heads: int, lists=None) -> "_Walk":
-        """`lists`: codes [1 or heads, 1 or B, tiles, width], and how many count."""
-        first, end = (_pad(x.astype(i32), 1, tile) for x in rows)
-        tiles = -(-rows[0].shape[1] // tile)
-        items, taken = (order.items >= 0).sum(1, keepdims=True), np.maximum(order.items, 0)
-        head, index = np.divmod(taken, tiles)
-        batch, head = np.divmod(head, heads)
-        pick = lambda x: x[head if x.shape[0] > 1 else 0, batch if x.shape[1] > 1 else 0, index]  # noqa: E731
-        if lists is None:
-            ranges, codes = tile_ranges(*rows, tile, step)[None], jnp.zeros((1, 1), i32)
-        else:
-            codes, steps = lists
-            row = jnp.arange(steps.size, dtype=i32).reshape(steps.shape)
-            ranges = jnp.stack([jnp.zeros_like(steps), steps, row, codes[..., 0]], axis=-1)
-            codes = codes.reshape(-1, codes.shape[3])
-        if not order.known:  # the n-th of a head's tiles is the n-th lightest
-            index = pick(jnp.argsort(ranges[..., 1] - ranges[..., 0], axis=-1))
-        told = (jnp.asarray(x, i32)[..., None] for x in (batch, head, index))
-        told = jnp.concatenate([*told, pick(ranges)], axis=2)
-        if not order.known and 1 < taken.shape[1] <= schedule.EVENED:
-            steps = jnp.maximum(told[..., 4] - told[..., 3], 0)
-            told = told.reshape(-1, told.shape[2])[evened(jnp.where(order.items >= 0, steps, -1))]
-        items = jnp.asarray(np.broadcast_to(items, taken.shape)[..., None], i32)
-        return cls(jnp.concatenate([told, items], axis=2), codes, first, end)
-
-
-class _Tile:
-    """The scalars of one item: where it lies, which tiles it walks, and whether one of them hides nothing."""
-
-    def __init__(self, item, lists):
-        # Under shard_map a value read is typed as varying while arithmetic on it is not, and a loop wants one type: compute.
-        self.batch, self.head, self.index, self.first, self.end, self.full_first, self.full_end = (
-            jnp.maximum(item[i], 0) for i in range(7)
-        )
-        self.lists = lists if lists.shape[1] > 1 else None
-
-    def peek(self, i):
-        """The listed code of step i: to be read a step ahead, as the memory is far away; 0 without lists."""
-        if self.lists is None:
-            return i32(0)
-        return self.full_end if isinstance(i, int) and i == 0 else jnp.maximum(self.lists.at[self.full_first][i], 0)
-
-    def visit(self, i, code, heads: int = 1, end=None) -> tuple[Array, Array, Callable[[], Array]]:
-        """(head, tile, whether it hides nothing) of step i, from right to left, starting before `end` or the last live tile."""
-        if self.lists is not None:
-            tile = lax.div(code, i32(2 * heads))
-            return lax.rem(code, i32(heads)), tile, lambda: lax.rem(lax.div(code, i32(heads)), i32(2)) == 1
-        nth = lax.div(i, i32(heads))  # heads innermost, so that i is all there is to keep in registers
-        j = (self.end if end is None else end) - 1 - nth
-        return lax.rem(i, i32(heads)), j, lambda: (j >= self.full_first) & (j < self.full_end)
-
-
-def _items_of_parts(left: int, parts: int, first_tile: int, steps: int) -> np.ndarray:
-    """Items, one a block, of `left` tiles from `first_tile` on, each in parts of so many steps; nothing is hidden."""
-    tile, part = np.divmod(np.arange(left * parts), parts)
-    first, end, zero = part * steps, (part + 1) * steps, np.zeros_like(part)
-    return np.stack([part, zero, first_tile + tile, first, end, first, end, zero + 1], axis=1)[:, None].astype(np.int32)
-
-
-def _key_lists(mask: Mask, rows: int, step: int, least: int = 1):
-    """The codes and counts by which tiles of queries walk a block mask; None without one."""
-    if mask.blocks is None:
-        return None
-    with _evaluated_if_known(mask):
-        tiles, counts, full = mask.block_lists(rows, step)
-        codes = jnp.where(jnp.arange(tiles.shape[3]) < counts[..., None], 2 * tiles + full, 2 * tiles.shape[3])
-        # Past its count a list names a tile past the end, all of which is hidden: `least` may be walked, one more is read.
-        return jnp.pad(codes, ((0, 0), (0, 0), (0, 0), (0, least + 1)), constant_values=2 * tiles.shape[3]), counts
-
-
-def _query_lists(mask: Mask, rows: int, step: int, heads: int, kv_heads: int):
-    """The codes and counts by which tiles of keys walk a block mask, over the queries of all heads that read them."""
-    if mask.blocks is None:
-        return None
-    with _evaluated_if_known(mask):
-        tiles, counts, full = mask.block_lists_of_keys(rows, step)
-        group = heads // kv_heads
-        codes = 2 * tiles + full
-        if codes.shape[0] > 1:
-            codes, counts = (x.reshape(kv_heads, group, *x.shape[1:]) for x in (codes, counts))
-        else:  # one list for all heads
-            codes, counts = (jnp.broadcast_to(x[:, None], (1, group, *x.shape[1:])) for x in (codes, counts))
-        width = codes.shape[4]
-        listed = jnp.arange(width) < counts[..., None]
-        codes, listed = codes * group + jnp.arange(group)[:, None, None, None], listed
-        joined, listed = (x.transpose(0, 2, 3, 4, 1).reshape(*x.shape[:1], *x.shape[2:4], -1) for x in (codes, listed))
-        packed = jnp.argsort(~listed, axis=-1, stable=True)
-        codes = jnp.take_along_axis(joined, packed, axis=-1).astype(i32)
-        return jnp.pad(codes, ((0, 0), (0, 0), (0, 0), (0, 1))), counts.sum(1, dtype=i32)
-
-
-def _evaluated_if_known(mask: Mask):
-    """Lists of a mask that is known are made once, before compiling. Where any of it is traced, all is: under `shard_map` a
-    layout may vary from device to device, and only the trace can type so what it meets.
-    """
-    traced = any(isinstance(x, Tracer) for x in jax.tree.leaves(mask))
-    return contextlib.nullcontext() if traced else jax.ensure_compile_time_eval()
-
-
 def _each_item(items, body: Callable, carry):
     """`body(n, carry)` for the items of this block or cluster; with one a block, without a loop."""
     if items.shape[1] == 1:
         return body(lax.rem(lax.axis_index("block"), i32(1)), carry)  # a zero that is traced: Pallas closes over no literal
     return lax.fori_loop(i32(0), _count(items), body, carry)
-
-
-def _order_of_queries(
-    mask: Mask, heads: int, tiles: int, key_bytes: int, rows: int, step: int, lists, left: int, cluster: int
-) -> Order:
-    """How clusters of blocks share out the forward's tiles of `rows` queries but the last `left`; `key_bytes` are of a head."""
-    weights = _steps_known(mask, rows, step, lists)
-    if weights is None:
-        if heads * tiles >= 4 * schedule.multiprocessors():
-            return spread(heads, tiles, key_bytes)
-        return Order(in_order(heads, tiles, key_bytes, heaviest_last=True).reshape(-1, 1), known=False)
-    return dealt(heads, tiles, key_bytes, weights, left, cluster)
-
-
-def _in_clusters(mask: Mask, heads: int, T: int) -> bool:
-    """Do the tiles come in pairs that walk nearly the same keys, enough of them to be dealt?"""
-    pairs, short = divmod(T, 4 * WARPGROUP_ROWS)
-    clusters, odd = divmod(schedule.multiprocessors(), 2)
-    return _is_known(mask) and mask.window is None and not short and not odd and heads * pairs >= 4 * clusters
-
-
-def _steps_known(mask: Mask, tile: int, step: int, lists) -> tuple[int, ...] | None:
-    """For each tile of queries the tiles of keys it walks (of all heads, or of each), where that is known beforehand."""
-    if mask.query_ids is not None or mask.shift is not None:
-        return None
-    if lists is not None:
-        counts = lists[1]
-        return None if isinstance(counts, Tracer) else tuple(np.maximum(np.asarray(counts), 1).ravel().tolist())
-    left, right = mask.window or (mask.key_length + mask.query_length,) * 2
-    start = np.arange(0, mask.query_length, tile)
-    last = np.minimum(start + tile, mask.query_length) - 1 + (0 if mask.is_causal else right)
-    steps = np.minimum(last, mask.key_length - 1) // step - np.maximum(start - left, 0) // step + 1
-    return tuple(np.maximum(steps, 1).tolist())
-
-
-def _hides_nothing(mask: Mask, T: int, S: int) -> bool:
-    """Not even what lengths were padded with."""
-    whole = (mask.query_length, mask.key_length) == (T, S)
-    return _is_known(mask) and whole and not mask.is_causal and mask.window is None
-
-
-def _is_known(mask: Mask) -> bool:
-    """Are a tile's steps known beforehand, and the heaviest the last of causal queries, the first of causal keys?"""
-    return mask.query_ids is None and mask.shift is None and mask.blocks is None
 
 
 def _rows_at(ref, batch, base, count: int):
@@ -400,7 +250,7 @@ def _forward(options: _Options, q: Array, k: Array, v: Array, mask: Mask) -> tup
     q, k, v = _with_heads_padded(q, k, v)
     (B, T, N, H), S = q.shape, k.shape[1]
     rows, block, left, parts = 2 * WARPGROUP_ROWS, HEAD_DIMS[H].forward.block, 0, 1
-    if HEAD_DIMS[H].persistent and _hides_nothing(mask, T, S) and T % rows == 0 and S % block == 0:
+    if HEAD_DIMS[H].persistent and hides_nothing(mask, T, S) and T % rows == 0 and S % block == 0:
         left, parts = last_round(B * N * (T // rows), T // rows, S // block)
     out, lse = _forward_tiles(options, q, k, v, mask, left)
     if left:
@@ -429,20 +279,20 @@ def _forward_tiles(
     partial_loop = any(x is not None for x in (mask.window, mask.query_ids, mask.shift))
     masked_steps = pl.cdiv(rows, block) + (rows % block > 0) if mask.is_causal else 1
     tiles = pl.cdiv(T, rows)
-    lists = _key_lists(mask, rows, block, masked_steps)
+    lists = key_lists(mask, rows, block, masked_steps)
     key_bytes = 2 * k.nbytes // (B * N)
-    cluster = 2 if tilings.persistent and not parts and _in_clusters(mask, B * N, T) else 1
+    cluster = 2 if tilings.persistent and not parts and in_clusters(mask, B * N, T, rows) else 1
     if parts:
         order = Order(np.arange(parts * left).reshape(-1, 1), known=True)
     elif tilings.persistent:
-        order = _order_of_queries(
+        order = order_of_queries(
             mask, B * N, tiles // cluster, key_bytes, cluster * rows, block, lists, left // cluster, cluster
         )
     else:
-        order = Order(in_order(B * N, tiles, key_bytes, heaviest_last=True).reshape(-1, 1), _is_known(mask))
-    walk = _Walk.of(mask.live_keys(), cluster * rows, block, order, N, lists)
+        order = Order(in_order(B * N, tiles, key_bytes, heaviest_last=True).reshape(-1, 1), is_known(mask))
+    walk = Walk.of(mask.live_keys(), cluster * rows, block, order, N, lists)
     if parts:  # a part stands where a batch index would
-        walk = walk._replace(items=jnp.asarray(_items_of_parts(left, parts, tiles - left, S // block // parts)))
+        walk = walk._replace(items=jnp.asarray(items_of_parts(left, parts, tiles - left, S // block // parts)))
     out_at = (tiles - left) * rows if parts else 0
     q_slots = min(2, order.items.shape[1])  # the next item's queries come while this one's are in use
     # Where tiles have few steps, one begins beside the last product of the one before; it costs long ones 1 %.
@@ -460,19 +310,19 @@ def _forward_tiles(
         member = lax.axis_index("member") if cluster > 1 else 0
         for_both = {"collective_axes": "member"} if cluster > 1 else {}
 
-        def base_of(tile: _Tile):
+        def base_of(tile: Tile):
             """The first of this block's queries."""
             return (tile.index * cluster + member) * rows
 
-        def steps_of(tile: _Tile):
+        def steps_of(tile: Tile):
             """How many tiles are walked, from right to left; those past the end, where little is seen, are hidden."""
             return jnp.maximum(tile.end - tile.first, masked_steps)
 
-        def passed_by(tile: _Tile):
+        def passed_by(tile: Tile):
             """How many of the first steps, 0 or 1, only the other block of a cluster takes: these queries see nothing there."""
             return jnp.maximum(tile.end - lax.div(base_of(tile) + rows, i32(block)), 0) if uneven else i32(0)
 
-        def pass_by(tile: _Tile, done):
+        def pass_by(tile: Tile, done):
             """Let go of the keys and values of such a step."""
             passed, slot = passed_by(tile), lax.rem(done, i32(stages))
 
@@ -484,7 +334,7 @@ def _forward_tiles(
             pl.when(passed > 0)(let_go)
             return done + passed
 
-        def heads_of(tile: _Tile):
+        def heads_of(tile: Tile):
             """(batch index, head) of the queries."""
             return (i32(B - 1), i32(N - 1)) if parts else (tile.batch, tile.head)
 
@@ -544,7 +394,7 @@ def _forward_tiles(
         def item(n):
             """(scalars, steps, queries, ranges) of item n, once they are here."""
             q_slot = lax.rem(n, i32(q_slots))
-            tile = _Tile(item_smem.at[q_slot], lists)
+            tile = Tile(item_smem.at[q_slot], lists)
             own = pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
             ranges = first_smem.at[q_slot, own], end_smem.at[q_slot, own]
             return tile, steps_of(tile) - passed_by(tile), q_smem.at[q_slot, warpgroup], ranges
@@ -657,7 +507,7 @@ def _forward_tiles(
 
             def fill_queries(n):
                 item = items.at[lax.axis_index("block"), n]
-                tile = _Tile(item, lists)
+                tile = Tile(item, lists)
                 q_slot = lax.rem(n, i32(q_slots))
                 if q_slots > 1:
                     pl.when(n >= q_slots)(lambda: plgpu.barrier_wait(q_free.at[q_slot]))
@@ -676,7 +526,7 @@ def _forward_tiles(
                     pl.when(due & (n + 1 < count))(lambda: fill_queries(n + 1))
 
             def fill_item(n, done):
-                tile = _Tile(items.at[lax.axis_index("block"), n], lists)
+                tile = Tile(items.at[lax.axis_index("block"), n], lists)
                 steps = steps_of(tile)
                 batch, head = heads_of(tile)
                 kv_head = lax.div(head, i32(group))
@@ -698,7 +548,7 @@ def _forward_tiles(
             fill_queries(i32(0))
             done, again = _each_item(items, fill_item, i32(0)), int(beside)
             if beside:  # what the last item's end begins: its keys count for nothing
-                tile, slot = _Tile(items.at[lax.axis_index("block"), count - 1], lists), lax.rem(done, i32(stages))
+                tile, slot = Tile(items.at[lax.axis_index("block"), count - 1], lists), lax.rem(done, i32(stages))
                 pl.when(done >= stages)(lambda: plgpu.barrier_wait(k_free.at[slot]))
                 source = (tile.batch, pl.ds(0, block), lax.div(tile.head, i32(group)))
                 plgpu.copy_gmem_to_smem(k_ref.at[source], k_smem.at[slot], k_here.at[slot])
@@ -742,14 +592,14 @@ def _queries_kernel(options: _Options, q, k, v, d_out, lse2, delta, mask: Mask) 
     rows = 2 * WARPGROUP_ROWS
     tiles = pl.cdiv(T, rows)
     order = in_order(B * N, tiles, 2 * k.nbytes // (B * N), heaviest_last=True).reshape(-1, 1)
-    order = Order(order, _is_known(mask))
-    walk = _Walk.of(mask.live_keys(), rows, block, order, N, _key_lists(mask, rows, block))
-    lse2, delta = _pad(lse2, 2, rows, jnp.inf), _pad(delta, 2, rows)
+    order = Order(order, is_known(mask))
+    walk = Walk.of(mask.live_keys(), rows, block, order, N, key_lists(mask, rows, block))
+    lse2, delta = pad(lse2, 2, rows, jnp.inf), pad(delta, 2, rows)
 
     def kernel(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, items, lists, first, end, dq_ref, scratch):
         q_smem, do_smem, k_smem, v_smem, here, k_here, v_here, k_free, v_free = scratch
         warpgroup = lax.axis_index("warpgroup")
-        tile = _Tile(items.at[lax.axis_index("block"), 0], lists)
+        tile = Tile(items.at[lax.axis_index("block"), 0], lists)
         batch, head = tile.batch, tile.head
         steps = jnp.maximum(tile.end - tile.first, 0)
 
@@ -837,7 +687,7 @@ def _by_keys(
     """(dQ, dK, dV), those of `wanted`; where all tiles take equally long, the last few are cut along their queries."""
     (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
     rows, block, left, parts = 2 * WARPGROUP_ROWS, HEAD_DIMS[H].keys.block, 0, 1
-    if _hides_nothing(mask, T, S) and T % block == 0 and S % rows == 0 and parts_of_group(N // K, S // rows) == 1:
+    if hides_nothing(mask, T, S) and T % block == 0 and S % rows == 0 and parts_of_group(N // K, S // rows) == 1:
         left, parts = last_round(B * K * (S // rows), S // rows, T // block)
     found = _keys_kernel(options, q, k, v, d_out, lse2, delta, mask, wanted, left)
     if not left:
@@ -873,14 +723,14 @@ def _keys_kernel(
     parts = parts_of_group(N // k.shape[2], tiles)  # a KV head counts for so many
     K = k.shape[2] * parts
     group = N // K
-    known = _is_known(mask)  # then, if causal, the first tile is the heaviest
+    known = is_known(mask)  # then, if causal, the first tile is the heaviest
     # A head's queries and cotangents in 16 bits, and dQ in 32, are what all its tiles of keys share.
     order = in_order(B * K, tiles, 4 * q.nbytes // (B * K), heaviest_last=not known).reshape(-1, 1)
     order = Order(order[order[:, 0] < B * K * tiles - left], known)
     # Keys past S are rows that see nothing: a tile that has some is never taken for full, as exp2(0 − lse2) may be infinite.
-    seen = tuple(_pad(x, 1, rows) for x in mask.live_queries())
-    walk = _Walk.of(seen, rows, block, order, K, _query_lists(mask, rows, block, N, K))
-    lse2, delta = _pad(lse2, 2, block, jnp.inf), _pad(delta, 2, block)
+    seen = tuple(pad(x, 1, rows) for x in mask.live_queries())
+    walk = Walk.of(seen, rows, block, order, K, query_lists(mask, rows, block, N, K))
+    lse2, delta = pad(lse2, 2, block, jnp.inf), pad(delta, 2, block)
     want_dq, want_dk, want_dv = ("dq" in wanted), ("dk" in wanted), ("dv" in wanted)
     share = want_dq and H > 64
     columns = H // 2 if share else H  # of dQ, a warpgroup's
@@ -895,7 +745,7 @@ def _keys_kernel(
         k_smem, v_smem, k_halves, q_smem, do_smem, lse_smem, delta_smem, ds_smem, dq_smem = scratch[:9]
         kv_here, q_here, do_here, q_free, do_free, met = scratch[9:]
         warpgroup = lax.axis_index("warpgroup")
-        tile = _Tile(items.at[lax.axis_index("block"), 0], lists)
+        tile = Tile(items.at[lax.axis_index("block"), 0], lists)
         batch, kv_head = tile.batch, tile.head
         steps = jnp.maximum(tile.end - tile.first, 0) * (group if tile.lists is None else 1)
 
@@ -1180,9 +1030,3 @@ def _launch(
         kernel_name=name,
         interpret=options.interpret,
     )
-
-
-def _pad(x: Array, axis: int, multiple: int, value: float = 0) -> Array:
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, -x.shape[axis] % multiple)
-    return jnp.pad(x, widths, constant_values=value)

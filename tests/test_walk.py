@@ -1,0 +1,96 @@
+"""Which tiles blocks of threads are told to walk, against the tables of the mask."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.oracles import Case
+from ulysses_jax.attention import schedule, walk
+from ulysses_jax.attention.masks import BlockMask, make_mask
+from ulysses_jax.attention.walk import Walk, key_lists, steps_known
+
+WALKED = {
+    "packed": Case(B=2, T=1000, N=3, is_causal=True, segments="packed"),
+    "blocks": Case(B=2, T=1000, N=3, block=128, is_causal=True),
+    "blocks_a_head": Case(B=2, T=1000, N=3, block=128, layouts=3),
+    "packed_blocks_a_head": Case(B=2, T=1000, N=3, block=128, layouts=3, segments="packed"),
+}
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("name", WALKED)
+def test_items_are_the_tiles_of_each_head_of_each_sequence_with_their_steps(name, known, monkeypatch):
+    """The steps of the first head or sequence for all, or tiles in their own order where steps are not `known`, break it."""
+    monkeypatch.setattr(walk, "evened", lambda steps: np.arange(steps.size).reshape(steps.shape))  # tested by itself
+    case, tile, step = WALKED[name], 128, 64
+    documents = [np.repeat([1, 2, 3], lengths) for lengths in ([90, 710, 200], [500, 150, 350])]
+    ids = None if case.segments is None else jnp.asarray(documents)
+    options: dict[str, Any] = case.mask_options() | {"segment_ids": ids}
+    mask, tiles = make_mask(case.T, **options), -(-case.T // tile)
+    sizes = case.B * case.N, tiles, 1 << 20
+    order = schedule.dealt(*sizes, tuple(range(tiles))) if known else schedule.spread(*sizes)
+    lists = key_lists(mask, tile, step)
+    of_mask = Walk.of(mask.live_keys(), tile, step, order, case.N, lists)
+    items, codes = np.asarray(of_mask.items), np.asarray(of_mask.lists)
+    live, full = (np.broadcast_to(np.asarray(x), (case.N, case.B, tiles, x.shape[3])) for x in mask.tile_tables(tile, step))
+    met = {}
+    for row, named in zip(items, order.items, strict=True):
+        assert (row[:, 7] == (named >= 0).sum()).all()
+        for (batch, head, index, first, end, *more), nth in zip(row[:, :7].tolist(), named.tolist(), strict=True):
+            if nth < 0:
+                continue
+            here = live[head, batch, index], full[head, batch, index]
+            if lists is None:
+                at = np.arange(len(here[0]))
+                shown = (at >= first) & (at < end), (at >= more[0]) & (at < more[1])
+            else:
+                listed = codes[more[0], : end - first]
+                assert more[1] == codes[more[0], 0]
+                shown = tuple(
+                    np.isin(np.arange(len(here[0])), listed[chosen] // 2) for chosen in (listed >= 0, listed % 2 == 1)
+                )
+            np.testing.assert_array_equal(shown[0], here[0])
+            np.testing.assert_array_equal(shown[1] & here[0], here[1] & here[0])
+            met[batch, head, nth % tiles] = index, end - first
+    assert len(met) == len({(*key[:2], index) for key, (index, _) in met.items()}) == case.B * case.N * tiles
+    for batch, head in np.ndindex(case.B, case.N):
+        found = [met[batch, head, n] for n in range(tiles)]
+        assert [index for index, _ in found] == list(range(tiles)) if known else sorted(found, key=lambda x: x[1]) == found
+
+
+@pytest.mark.parametrize("name", [name for name in WALKED if "packed" in name])
+def test_blocks_exchange_items_whole_and_keep_their_number(name, monkeypatch, multiprocessors):
+    """Counts that move with the items break it, as does an exchange that gives one item to two."""
+    case = WALKED[name]
+    mask, sizes = make_mask(case.T, **case.mask_options()), (case.B * case.N, 8, 1 << 20)
+    multiprocessors(5)
+    order, lists = schedule.spread(*sizes), key_lists(mask, 128, 64)
+    found = [np.asarray(Walk.of(mask.live_keys(), 128, 64, order, case.N, lists).items)]
+    monkeypatch.setattr(walk, "evened", lambda steps: np.arange(steps.size).reshape(steps.shape))
+    found.append(np.asarray(Walk.of(mask.live_keys(), 128, 64, order, case.N, lists).items))
+    evened, dealt = found
+    np.testing.assert_array_equal(evened[:, :, 7], dealt[:, :, 7])
+    assert (evened != dealt).any()
+    evened, dealt = (sorted(map(tuple, items[order.items >= 0][:, :7].tolist())) for items in found)
+    assert evened == dealt
+
+
+@pytest.mark.parametrize("step", [64, 128])
+@pytest.mark.parametrize(
+    ("T", "S", "options"),
+    [
+        (1000, 1000, {"is_causal": True}),
+        (1000, 700, {}),
+        (1000, 300, {"is_causal": True, "local_window_size": (200, 9)}),
+        (700, 1000, {"local_window_size": (70, 250)}),
+        (1000, 1000, {"is_causal": True, "block_mask": BlockMask(np.random.default_rng(1).random((3, 8, 8)) < 0.5, 128)}),
+    ],
+)
+def test_steps_known_before_compiling_are_those_that_are_walked(T, S, options: dict[str, Any], step):
+    """A right side of the window that counts in a causal mask, or the first head's lists for all, breaks it."""
+    mask = make_mask(T, S, **options)
+    live, _ = mask.tile_tables(128, step)
+    steps = steps_known(mask, 128, step, key_lists(mask, 128, step))
+    np.testing.assert_array_equal(np.asarray(steps), np.maximum(np.asarray(live).sum(3), 1).ravel())
