@@ -303,6 +303,8 @@ def accuracy() -> Iterator[list[dict]]:
     cases["documents, window"] = {"K": 2}, {**causal, "segment_ids": ids, "local_window_size": (90, 0)}, {}
     cases["blocks a head"] = {"K": 2}, {**causal, "block_mask": blocks}, {}
     cases["blocks, deterministic"] = {}, {"block_mask": blocks}, {"deterministic": True}
+    cases["soft cap H=64"] = {"H": 64, "K": 2}, causal, {"logits_soft_cap": 3.0}
+    cases["deterministic H=64"] = {"H": 64, "K": 2}, causal, {"deterministic": True}
     for H in (128, 64, 256):  # the slowest to compile last
         cases[f"causal H={H}"] = {"H": H}, causal, {}
         cases[f"causal H={H} T=1032"] = {"H": H, "T": 1032}, causal, {}  # cuDNN takes even lengths only

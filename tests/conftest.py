@@ -28,7 +28,7 @@ def programs_go_with_their_module() -> Iterator[None]:
 
 @pytest.fixture
 def multiprocessors(monkeypatch):
-    """`multiprocessors(n)`: so many in place of 132, for what is dealt in this test."""
+    """`multiprocessors(n)`: so many in place of 132, for what is dealt in this test; what was dealt before is forgotten."""
 
     def clear() -> None:
         for cached in (schedule.in_order, schedule.dealt, schedule.spread):

@@ -254,7 +254,7 @@ def test_cudnn_refuses_odd_lengths():
     ],
 )
 def test_on_hopper_the_faster_kernel_is_chosen_that_can_do_it(monkeypatch, caplog, head_dim, options, chosen):
-    """Choosing "cudnn" whatever it lacks breaks it."""
+    """Choosing "cudnn" whatever it lacks, or for heads of 64, breaks it."""
     monkeypatch.setattr("ulysses_jax.attention._device", lambda: ("gpu", "NVIDIA H100 80GB HBM3"))
     x = jax.ShapeDtypeStruct((1, 256, 2, head_dim), jnp.bfloat16)
     _say_once.cache_clear()

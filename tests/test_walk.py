@@ -1,4 +1,4 @@
-"""Which tiles blocks of threads are told to walk, against the tables of the mask."""
+"""Which tiles blocks of threads are told to walk and to mask, against the dense mask and its tables."""
 
 from typing import Any
 
@@ -6,10 +6,53 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.oracles import Case
+from tests.oracles import Case, dense_mask
 from ulysses_jax.attention import schedule, walk
-from ulysses_jax.attention.masks import BlockMask, make_mask
+from ulysses_jax.attention.masks import BlockMask, make_mask, tile_ranges
 from ulysses_jax.attention.walk import Walk, key_lists, steps_known
+
+
+def walked(ranges: np.ndarray, tiles: int) -> tuple[np.ndarray, np.ndarray]:
+    """([B, rows' tiles, columns' tiles] visited, and visited but masked) from `tile_ranges`."""
+    at = np.arange(tiles)
+    first, end, full_first, full_end = (ranges[..., i, None] for i in range(4))
+    visited = (at >= first) & (at < end)
+    return visited, visited & ~((at >= full_first) & (at < full_end))
+
+
+@pytest.mark.parametrize("tile", [(128, 128), (128, 64)])
+@pytest.mark.parametrize(
+    ("T", "S", "options"),
+    [
+        (512, 512, {"is_causal": True}),
+        (500, 700, {}),
+        (700, 500, {"is_causal": True}),
+        (640, 640, {"is_causal": True, "local_window_size": (150, 0)}),
+        (640, 640, {"local_window_size": (100, 250)}),
+        (640, 640, {"is_causal": True, "packed": [(5, 130, 200, 305), (640,)]}),
+        (640, 640, {"is_causal": True, "local_window_size": (90, 0), "packed": [(320, 320), (1, 639)]}),
+    ],
+)
+def test_the_walk_visits_just_the_live_tiles_and_masks_just_the_partial(T, S, options: dict[str, Any], tile):
+    """Both directions. With `full` taken from `.min(2)` of first in place of `.max(2)`, a partial tile goes unmasked."""
+    options = dict(options)
+    if lengths := options.pop("packed", None):
+        ids = np.stack([np.repeat(np.arange(len(row)), row) for row in lengths]).astype(np.int32)
+        options["segment_ids"] = (ids, ids)
+    sees = dense_mask(T, S, **options)
+    if lengths:
+        options["segment_ids"] = tuple(map(jnp.asarray, options["segment_ids"]))
+    mask = make_mask(T, S, **options)
+    for rows, seen in ((mask.live_keys(), sees), (mask.live_queries(), sees.swapaxes(1, 2))):
+        height, width = tile
+        padded = np.pad(seen, ((0, 0), (0, -seen.shape[1] % height), (0, 0)), mode="edge")
+        padded = np.pad(padded, ((0, 0), (0, 0), (0, -seen.shape[2] % width)))
+        blocks = padded.reshape(seen.shape[0], -1, height, padded.shape[2] // width, width)
+        live, full = blocks.any((2, 4)), blocks.all((2, 4))
+        visited, masked = walked(np.asarray(tile_ranges(*rows, height, width)), live.shape[2])
+        np.testing.assert_array_equal(visited, live)
+        np.testing.assert_array_equal(masked, live & ~full)
+
 
 WALKED = {
     "packed": Case(B=2, T=1000, N=3, is_causal=True, segments="packed"),

@@ -1,7 +1,7 @@
 """Flash attention for Hopper GPUs (sm90) in Pallas Mosaic GPU, forward and backward.
 
 Each block of threads is three warpgroups. Two compute; the third only starts copies (TMA) into a ring of shared-memory
-buffers and waits until they may be filled again. What a tile may see comes from `masks.tile_ranges`, or with a block mask from
+buffers and waits until they may be filled again. What a tile may see comes from `walk`, as ranges or, with a block mask, as
 lists of tiles: tiles outside a row's live range are never visited, tiles inside the full range never masked, and in those
 between each row hides what lies outside its own range [first, end).
 
@@ -709,8 +709,8 @@ def _keys_kernel(
     """(dQ, dK, dV), those of `wanted`, without the last `left` tiles of keys of the last head's share; products are transposed:
     rows are keys, columns queries.
 
-    Where dQ is wanted, each warpgroup computes the dS of its own keys and they meet in shared memory. With heads of 128 each
-    then computes half of dQ's columns from the dS of both; with heads of 64 all columns from its own dS, which needs no
+    Where dQ is wanted, each warpgroup computes the dS of its own keys. With heads of 128 both meet in shared memory and each
+    computes half of dQ's columns from the dS of both; with heads of 64 each computes all columns from its own, which needs no
     meeting and costs twice the additions.
     """
     B, T, N, H = q.shape
@@ -734,9 +734,10 @@ def _keys_kernel(
     want_dq, want_dk, want_dv = ("dq" in wanted), ("dk" in wanted), ("dv" in wanted)
     share = want_dq and H > 64
     columns = H // 2 if share else H  # of dQ, a warpgroup's
-    ds_slots = 2 if share else 1  # one is written while the other warpgroup still reads the other
+    ds_slots = 2 if share else 1  # one is written while the other warpgroup still reads the one before
     interpret = bool(options.interpret)
-    # Steps that pass before a step's queries are let go: its last product runs on beside the first one of the next.
+    # Steps that pass before a step's queries are let go: its last product, dK, runs on beside the first one of the next. Where
+    # nothing is shared, dK is done before dQ is.
     lag = int(share and stages > 1)
 
     def kernel(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, items, lists, first, end, *rest):
@@ -803,7 +804,7 @@ def _keys_kernel(
                 if want_dv:
                     dv = _accumulate(dv, p, do_smem.at[slot], interpret)
                 if want_dq:
-                    if not (share or interpret):  # from registers: nothing is to be waited for
+                    if not (share or interpret):  # from registers, so it runs while dS is written
                         plgpu.wgmma(dk, ds, q_smem.at[slot])
                     mine = ds_smem.at[lax.rem(n, i32(ds_slots))]
                     if interpret or not share:
@@ -949,8 +950,8 @@ def _probabilities(options: _Options, x, lse2: Callable, hide: Callable) -> tupl
 
 
 def _zero_of(n):
-    """0, which the compiler cannot know of a step `n`. Where operands lie in shared memory is the same in every step and
-    would be kept in registers through all loops around, which spills; what hangs on the step is computed anew.
+    """0 for any step n < 2³⁰, but not to the compiler. Where operands lie in shared memory is the same in every step and would
+    be kept in registers through all loops around, which spills; what hangs on the step is computed anew.
     """
     return lax.div(n, i32(2**30))
 

@@ -1,7 +1,7 @@
 """What the Hopper kernels read of a mask: which tiles each block of threads walks, and which keys a row of them sees.
 
 `schedule` deals the tiles of all heads to blocks, by numbers alone; here those numbers come from a `Mask`, and what was dealt
-becomes the arrays of a `Walk`. Where the mask is known they are constants of the program, else the GPU makes them once a step.
+becomes the arrays of a `Walk`. Where the mask is known they are constants of the program, else the GPU makes them.
 """
 
 import contextlib
@@ -52,7 +52,10 @@ class Walk(NamedTuple):
 
     @classmethod
     def of(cls, rows: tuple[Array, Array], tile: int, step: int, order: Order, heads: int, lists=None) -> "Walk":
-        """`lists`: codes [1 or heads, 1 or B, tiles, width], and how many count."""
+        """The walk of tiles of `tile` rows, each of which sees (first, end) [B or 1, rows], by steps of `step`, in this order.
+
+        `lists`: codes [1 or heads, 1 or B, tiles, width], and how many count [1 or heads, 1 or B, tiles].
+        """
         first, end = (pad(x.astype(i32), 1, tile) for x in rows)
         tiles = -(-rows[0].shape[1] // tile)
         items, taken = (order.items >= 0).sum(1, keepdims=True), np.maximum(order.items, 0)
@@ -104,7 +107,9 @@ class Tile:
 
 
 def items_of_parts(left: int, parts: int, first_tile: int, steps: int) -> np.ndarray:
-    """Items, one a block, of `left` tiles from `first_tile` on, each in parts of so many steps; nothing is hidden."""
+    """Items [left · parts, 1, 8], one a block, of `left` tiles from `first_tile` on, each in parts of so many steps; nothing is
+    hidden.
+    """
     tile, part = np.divmod(np.arange(left * parts), parts)
     first, end, zero = part * steps, (part + 1) * steps, np.zeros_like(part)
     return np.stack([part, zero, first_tile + tile, first, end, first, end, zero + 1], axis=1)[:, None].astype(np.int32)
@@ -184,7 +189,7 @@ def steps_known(mask: Mask, tile: int, step: int, lists) -> tuple[int, ...] | No
 
 
 def hides_nothing(mask: Mask, T: int, S: int) -> bool:
-    """Not even what lengths were padded with."""
+    """Does every one of T queries see every one of S keys, none of them padding?"""
     whole = (mask.query_length, mask.key_length) == (T, S)
     return is_known(mask) and whole and not mask.is_causal and mask.window is None
 
@@ -195,6 +200,7 @@ def is_known(mask: Mask) -> bool:
 
 
 def pad(x: Array, axis: int, multiple: int, value: float = 0) -> Array:
+    """x with `value` after its end along an axis, up to a multiple."""
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, -x.shape[axis] % multiple)
     return jnp.pad(x, widths, constant_values=value)
