@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from ulysses_jax.attention.masks import BlockMask, Mask, listed, tile_range
 
-__all__ = ["blocked_attention", "blocked_attention_backward", "varying_like"]
+__all__ = ["blocked_attention", "blocked_attention_backward", "pad", "varying_like"]
 
 BLOCK, SMALLEST = 512, 128  # rows of a tile, and fewest worth a visit; fit for matrix units, and for a cache
 
@@ -84,6 +84,13 @@ def varying_like(x: Array, *like: Array) -> Array:
     axes = frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in like))
     missing = axes - jax.typeof(x).manual_axis_type.varying
     return lax.pcast(x, tuple(missing), to="varying") if missing else x
+
+
+def pad(x: Array, axis: int, multiple: int, value: float = 0) -> Array:
+    """`x` with `value` after its end along an axis, up to a multiple."""
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, -x.shape[axis] % multiple)
+    return jnp.pad(x, widths, constant_values=value)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -335,6 +342,5 @@ def _backward_per_head(options: _Options, q, k, v, mask: Mask, out, lse, d_out, 
 
 def _tiles(x: Array, tile: int) -> Array:
     """[B, n, …] → [ceil(n / tile), B, tile, …], zeros past the end."""
-    pad = -x.shape[1] % tile
-    x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
+    x = pad(x, 1, tile)
     return x.reshape(x.shape[0], -1, tile, *x.shape[2:]).swapaxes(0, 1)

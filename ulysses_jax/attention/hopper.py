@@ -36,7 +36,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ulysses_jax.attention.blocked import varying_like
+from ulysses_jax.attention.blocked import pad, varying_like
 from ulysses_jax.attention.masks import Mask, make_mask
 from ulysses_jax.attention.schedule import Order, in_order, last_round, parts_of_group
 from ulysses_jax.attention.walk import (
@@ -48,7 +48,6 @@ from ulysses_jax.attention.walk import (
     items_of_parts,
     key_lists,
     order_of_queries,
-    pad,
     query_lists,
 )
 
@@ -681,12 +680,18 @@ def _queries_kernel(options: _Options, q, k, v, d_out, lse2, delta, mask: Mask) 
     return dq[:, :T]
 
 
+def _queries_a_step(options: _Options, H: int) -> int:
+    """Of the kernels by keys; under a soft cap at most 64, as its slope takes as many registers as a product."""
+    block = HEAD_DIMS[H].keys.block
+    return block if options.soft_cap is None else min(block, 64)
+
+
 def _by_keys(
     options: _Options, q, k, v, d_out, lse2, delta, mask: Mask, wanted: set[str]
 ) -> tuple[Array | None, Array | None, Array | None]:
     """(dQ, dK, dV), those of `wanted`; where all tiles take equally long, the last few are cut along their queries."""
     (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
-    rows, block, left, parts = 2 * WARPGROUP_ROWS, HEAD_DIMS[H].keys.block, 0, 1
+    rows, block, left, parts = 2 * WARPGROUP_ROWS, _queries_a_step(options, H), 0, 1
     if hides_nothing(mask, T, S) and T % block == 0 and S % rows == 0 and parts_of_group(N // K, S // rows) == 1:
         left, parts = last_round(B * K * (S // rows), S // rows, T // block)
     found = _keys_kernel(options, q, k, v, d_out, lse2, delta, mask, wanted, left)
@@ -715,9 +720,8 @@ def _keys_kernel(
     """
     B, T, N, H = q.shape
     S = k.shape[1]
-    block, stages, registers = HEAD_DIMS[H].keys
-    if options.soft_cap is not None:
-        block = min(block, 64)  # its slope takes as many registers as a product
+    _, stages, registers = HEAD_DIMS[H].keys
+    block = _queries_a_step(options, H)
     rows = 2 * WARPGROUP_ROWS
     tiles = pl.cdiv(S, rows)
     parts = parts_of_group(N // k.shape[2], tiles)  # a KV head counts for so many
@@ -736,6 +740,7 @@ def _keys_kernel(
     columns = H // 2 if share else H  # of dQ, a warpgroup's
     ds_slots = 2 if share else 1  # one is written while the other warpgroup still reads the one before
     interpret = bool(options.interpret)
+    overlaps = share and not interpret  # dK runs on while dQ is sent
     # Steps that pass before a step's queries are let go: its last product, dK, runs on beside the first one of the next. Where
     # nothing is shared, dK is done before dQ is.
     lag = int(share and stages > 1)
@@ -807,27 +812,26 @@ def _keys_kernel(
                     if not (share or interpret):  # from registers, so it runs while dS is written
                         plgpu.wgmma(dk, ds, q_smem.at[slot])
                     mine = ds_smem.at[lax.rem(n, i32(ds_slots))]
-                    if interpret or not share:
-                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    else:
+                    if overlaps:
                         _ptx("cp.async.bulk.wait_group.read 0;")  # dQ of the last step has left its buffer
-                    mine.at[own][...] = ds
-                    if interpret or not share:
-                        plgpu.commit_smem()
-                    if interpret and share:
-                        plgpu.barrier_arrive(met)
-                        plgpu.barrier_wait(met)
-                    elif share:
+                        mine.at[own][...] = ds
                         _ptx(MEET)
+                    else:
+                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                        mine.at[own][...] = ds
+                        plgpu.commit_smem()
+                        if share:
+                            plgpu.barrier_arrive(met)
+                            plgpu.barrier_wait(met)
 
                     def dq_and_dk(dq_ref):
                         if share:
                             plgpu.wgmma(dq_ref, mine.transpose((1, 0)), k_halves.at[this])
                         else:
                             plgpu.wgmma(dq_ref, mine.at[own].transpose((1, 0)), k_smem.at[keys])
-                        if share and not interpret:
+                        if overlaps:
                             plgpu.wgmma(dk, mine.at[own], q_smem.at[slot])
-                        return plgpu.wgmma_accumulator_load(dq_ref, wait_n=1 if share and not interpret else 0)
+                        return plgpu.wgmma_accumulator_load(dq_ref, wait_n=int(overlaps))
 
                     dq = pl.run_scoped(dq_and_dk, plgpu.ACC((block, columns), jnp.float32))
                     if interpret:

@@ -21,7 +21,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import PartitionSpec
 
-from ulysses_jax.attention.blocked import varying_like
+from ulysses_jax.attention.blocked import pad, varying_like
 from ulysses_jax.attention.masks import FAR, Mask
 
 __all__ = ["splash_attention", "splash_lacks"]
@@ -67,10 +67,10 @@ def splash_attention(
     left, right = (min(side, FAR) for side in mask.window or (FAR, FAR))
     options = _Options((T, S), tiles, (left, 0 if mask.is_causal else right), N, logits_soft_cap, interpret)
     q = (scale * q.astype(jnp.float32)).astype(q.dtype)
-    padded = [_pad(x, tile) for x, tile in zip((q, k, v), (*tiles, tiles[1]), strict=True)]
+    padded = [pad(x, 1, tile) for x, tile in zip((q, k, v), (*tiles, tiles[1]), strict=True)]
     ids = None
     if mask.query_ids is not None and mask.key_ids is not None:
-        ids = _pad(mask.query_ids, tiles[0]), _pad(mask.key_ids, tiles[1])
+        ids = pad(mask.query_ids, 1, tiles[0]), pad(mask.key_ids, 1, tiles[1])
     sinks = jnp.full(N, NOTHING, jnp.float32) if sinks is None else sinks
     arrays = [varying_like(x, q, k, v, sinks, *jax.tree.leaves(ids)) for x in (*padded, sinks[None])]
     return cast(Array, _attention(options, *arrays, ids))[:, :T]
@@ -203,8 +203,3 @@ def _tile(length: int) -> int:
 
 def _multiple(length: int, of: int) -> int:
     return -(-length // of) * of
-
-
-def _pad(x: Array, tile: int) -> Array:
-    """[B, n, …], zeros past the end up to a whole tile."""
-    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % tile)] + [(0, 0)] * (x.ndim - 2))

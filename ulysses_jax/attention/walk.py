@@ -15,6 +15,7 @@ from jax import Array, lax
 from jax.core import Tracer
 
 from ulysses_jax.attention import schedule
+from ulysses_jax.attention.blocked import pad
 from ulysses_jax.attention.masks import Mask, tile_ranges
 from ulysses_jax.attention.schedule import Order, dealt, evened, in_order, spread
 
@@ -27,7 +28,6 @@ __all__ = [
     "items_of_parts",
     "key_lists",
     "order_of_queries",
-    "pad",
     "query_lists",
     "steps_known",
 ]
@@ -140,7 +140,7 @@ def query_lists(mask: Mask, rows: int, step: int, heads: int, kv_heads: int):
             codes, counts = (jnp.broadcast_to(x[:, None], (1, group, *x.shape[1:])) for x in (codes, counts))
         width = codes.shape[4]
         listed = jnp.arange(width) < counts[..., None]
-        codes, listed = codes * group + jnp.arange(group)[:, None, None, None], listed
+        codes = codes * group + jnp.arange(group)[:, None, None, None]
         joined, listed = (x.transpose(0, 2, 3, 4, 1).reshape(*x.shape[:1], *x.shape[2:4], -1) for x in (codes, listed))
         packed = jnp.argsort(~listed, axis=-1, stable=True)
         codes = jnp.take_along_axis(joined, packed, axis=-1).astype(i32)
@@ -197,10 +197,3 @@ def hides_nothing(mask: Mask, T: int, S: int) -> bool:
 def is_known(mask: Mask) -> bool:
     """Are a tile's steps known beforehand, and the heaviest the last of causal queries, the first of causal keys?"""
     return mask.query_ids is None and mask.shift is None and mask.blocks is None
-
-
-def pad(x: Array, axis: int, multiple: int, value: float = 0) -> Array:
-    """x with `value` after its end along an axis, up to a multiple."""
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, -x.shape[axis] % multiple)
-    return jnp.pad(x, widths, constant_values=value)
