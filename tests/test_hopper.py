@@ -138,6 +138,9 @@ SEVERAL_TILES = {
     "causal_clusters_few_keys": (Case(B=1, T=512, S=200, N=2, H=64, is_causal=True), True),
     "full_clusters": (Case(B=1, T=512, S=300, N=2, H=64), True),
     "window": (Case(B=1, T=530, N=2, H=64, local_window_size=(150, 60)), True),
+    "window_clusters": (Case(B=1, T=512, N=2, K=1, H=64, is_causal=True, local_window_size=(100, 0)), True),
+    "window_clusters_wide": (Case(B=1, T=768, N=2, H=64, local_window_size=(300, 70)), True),
+    "window_clusters_few_keys": (Case(B=1, T=512, S=200, N=2, H=64, local_window_size=(90, 40)), True),
     "packed": (Case(B=2, T=530, N=2, K=1, H=64, is_causal=True, segments="packed"), False),
     "blocks_a_head": (Case(B=1, T=530, N=2, H=64, block=128, layouts=2), True),
     "packed_blocks_a_head": (Case(B=2, T=530, N=2, H=64, block=128, layouts=2, segments="packed"), False),
@@ -228,6 +231,19 @@ def test_every_configuration_lowers_for_cuda(head_dim, name):
     fused = HEAD_DIMS[head_dim].fused
     kernels = (2 if fused and name != "deterministic" else 3) + (0 if fused else 1)
     assert lowered_for_cuda(head_dim, name).count("custom_call @mosaic_gpu") == kernels
+
+
+@pytest.mark.parametrize("name", LOWERED)
+@pytest.mark.parametrize("few", [False, True], ids=["a_tile_a_block", "dealt"])
+def test_a_turn_is_given_for_each_that_is_taken(name, few, monkeypatch, multiprocessors):
+    """And one more, so that the first warpgroup may begin. The interpreter knows no turns; a GPU would stand still."""
+    said, inner = [], hopper._ptx
+    monkeypatch.setattr(hopper, "_ptx", lambda text: said.append(text) or inner(text))
+    if few:
+        multiprocessors(2)
+    lowered_for_cuda(128, name, T=1024)
+    assert said.count(hopper.TAKE_TURN) >= 2
+    assert said.count(hopper.GIVE_TURN) == said.count(hopper.TAKE_TURN) + 1
 
 
 @pytest.mark.parametrize("name", ["causal", "full", "cap", "deterministic"])

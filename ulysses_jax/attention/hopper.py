@@ -7,7 +7,8 @@ between each row hides what lies outside its own range [first, end).
 
     forward   a block works off tiles of 2 × 64 queries of a head and walks each one's key tiles from right to left, so that
               of a causal mask only the first is masked. The product with V of one tile runs under the softmax of the next, and
-              the queries of the next tile come while this one's are in use. Under dense masks two blocks, a cluster, walk the
+              the queries of the next tile come while this one's are in use. The two computing warpgroups take turns: one's
+              softmax runs under the other's products. Under causal masks, full ones and windows two blocks, a cluster, walk the
               keys of two neighbouring tiles together: each fetches half of them, for both.
     backward  a block owns 2 × 64 keys of one KV head and walks the query tiles of the heads that read it, all or, where tiles
               are few, a part of them, whose shares are added up afterwards. S and dP are computed transposed, dK and dV stay
@@ -59,6 +60,13 @@ COLUMNS = WGMMA.reduce(0)  # one value a column
 LOG2E = math.log2(math.e)
 LOWEST = -1e30  # the running maximum's start: finite, so that a row that saw nothing yet subtracts no infinities
 WARPGROUP_ROWS = 64  # rows of a product that one warpgroup holds
+
+# A computing warpgroup waits for its turn before it issues a step's products, and then gives the other one its own: each waits
+# at a barrier of its own, 9 or 10, until the other arrives there.
+TAKE_TURN, GIVE_TURN = (
+    f"{{ .reg .b32 of; mov.u32 of, %tid.x; shr.u32 of, of, 7; {other} add.u32 of, of, 9; bar.{does} of, {2 * 128}; }}"
+    for other, does in (("", "sync"), ("xor.b32 of, of, 1;", "arrive"))
+)
 
 # All of a block's computing threads have written what the tensor cores read next: one barrier for what would take three, one of
 # each warpgroup for the copies before, another for what it wrote, and one in shared memory for both.
@@ -298,7 +306,9 @@ def _forward_tiles(
     beside = lists is not None and q_slots > 1
     # Held in registers through a tile, its queries spare shared memory a fifth of what is read of it: faster in clusters alone.
     held = cluster > 1 and not options.interpret
-    uneven = cluster > 1 and mask.is_causal
+    uneven = cluster > 1 and not hides_nothing(mask, T, S)
+    back, ahead = mask.window or (T + S,) * 2  # how many keys behind and ahead of itself a query sees
+    ahead = 0 if mask.is_causal else ahead
     broken = (
         jnp.zeros(1, jnp.float32) if mask.contiguous is None else jnp.where(mask.contiguous, 0.0, jnp.nan).astype(jnp.float32)
     )
@@ -317,13 +327,29 @@ def _forward_tiles(
             """How many tiles are walked, from right to left; those past the end, where little is seen, are hidden."""
             return jnp.maximum(tile.end - tile.first, masked_steps)
 
-        def passed_by(tile: Tile):
-            """How many of the first steps, 0 or 1, only the other block of a cluster takes: these queries see nothing there."""
-            return jnp.maximum(tile.end - lax.div(base_of(tile) + rows, i32(block)), 0) if uneven else i32(0)
+        def turn_is(text: str):
+            """Taken or given; interpreted warpgroups need none."""
+            if not options.interpret:
+                _ptx(text)
 
-        def pass_by(tile: Tile, done):
-            """Let go of the keys and values of such a step."""
-            passed, slot = passed_by(tile), lax.rem(done, i32(stages))
+        def own_part(tile: Tile):
+            """(the tile with the steps of this block's queries, how many of a cluster's first and last steps, 0 or 1, only its
+            other block takes, as these queries see nothing there).
+            """
+            if not uneven:
+                return tile, i32(0), i32(0)
+            base, first, end = base_of(tile), tile.first, tile.first + steps_of(tile)
+            own_end = jnp.clip(lax.div(base + min(rows + ahead, T + S) + block - 1, i32(block)), first + 1, end)
+            if mask.window is None:
+                return tile.walking(first, own_end, tile.full_first, tile.full_end), end - own_end, i32(0)
+            own_first = jnp.clip(lax.div(jnp.maximum(base - back, 0), i32(block)), first, own_end - 1)
+            full_first = lax.div(jnp.maximum(base + rows - 1 - back, 0) + block - 1, i32(block))
+            full_end = lax.div(jnp.minimum(base + ahead + 1, mask.key_length), i32(block))
+            return tile.walking(own_first, own_end, full_first, full_end), end - own_end, own_first - first
+
+        def pass_by(passed, done):
+            """Let go of the keys and values of so many steps, 0 or 1."""
+            slot = lax.rem(done, i32(stages))
 
             def let_go():
                 for here, free in ((k_here, k_free), (v_here, v_free)):
@@ -363,9 +389,11 @@ def _forward_tiles(
                 acc_ref, *softened_refs = refs
 
                 def logits(x_ref):
+                    turn_is(TAKE_TURN)
                     plgpu.wgmma(x_ref, queries, k_smem.at[slot].transpose((1, 0)))
                     plgpu.barrier_wait(v_here.at[before])
                     plgpu.wgmma(acc_ref, p, v_smem.at[before])
+                    turn_is(GIVE_TURN)
                     return plgpu.wgmma_accumulator_load(x_ref, wait_n=1)
 
                 x = pl.run_scoped(logits, plgpu.ACC((WARPGROUP_ROWS, block), jnp.float32))
@@ -390,13 +418,17 @@ def _forward_tiles(
             plgpu.barrier_arrive(v_free.at[before])
             return results
 
+        def told(n):
+            """The scalars of item n, once they are here."""
+            return Tile(item_smem.at[lax.rem(n, i32(q_slots))], lists)
+
         def item(n):
-            """(scalars, steps, queries, ranges) of item n, once they are here."""
+            """(scalars, steps, queries, ranges) of this block's part of item n."""
             q_slot = lax.rem(n, i32(q_slots))
-            tile = Tile(item_smem.at[q_slot], lists)
             own = pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
             ranges = first_smem.at[q_slot, own], end_smem.at[q_slot, own]
-            return tile, steps_of(tile) - passed_by(tile), q_smem.at[q_slot, warpgroup], ranges
+            tile = own_part(told(n))[0]
+            return tile, steps_of(tile), q_smem.at[q_slot, warpgroup], ranges
 
         top_of_none = plgpu.layout_cast(jnp.full((WARPGROUP_ROWS,), LOWEST, jnp.float32), ROWS)
         total_of_none = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS,), jnp.float32), ROWS)
@@ -418,13 +450,15 @@ def _forward_tiles(
             """Steps done, the queries of item n, and the softmax of its first logits by itself."""
             plgpu.barrier_wait(q_here.at[lax.rem(n, i32(q_slots))])
             if uneven:
-                done = pass_by(item(n)[0], done)
+                done = pass_by(own_part(told(n))[1], done)
             queries = plgpu.load(item(n)[2], layout=WGMMA) if held else item(n)[2]
             slot = lax.rem(done, i32(stages))
             plgpu.barrier_wait(k_here.at[slot])
 
             def first_logits(acc):
+                turn_is(TAKE_TURN)
                 plgpu.wgmma(acc, queries, k_smem.at[slot].transpose((1, 0)))
+                turn_is(GIVE_TURN)
                 return acc[...]
 
             x = pl.run_scoped(first_logits, plgpu.ACC((WARPGROUP_ROWS, block), jnp.float32))
@@ -475,7 +509,10 @@ def _forward_tiles(
                 acc = _added(acc, p, v_smem.at[before], options.interpret)
                 plgpu.barrier_arrive(v_free.at[before])
             finish(tile, mine, acc, top, total, spoilt)
-            return (done + steps, *following) if beside else done + steps
+            done += steps
+            if uneven and mask.window is not None:
+                done = pass_by(own_part(told(n))[2], done)
+            return (done, *following) if beside else done
 
         def finish(tile, mine, acc, top, total, spoilt):
             """The output of an item leaves through the buffer of its queries."""
@@ -492,6 +529,7 @@ def _forward_tiles(
         @pl.when(warpgroup < 2)
         def compute():
             plgpu.set_max_registers(registers[0], action="increase")
+            pl.when(warpgroup == 1)(lambda: turn_is(GIVE_TURN))  # the first begins
             count, zero = _count(items), i32(0)
             _each_item(items, functools.partial(attend, count=count), (zero, *begin(zero, zero)[2:]) if beside else zero)
             if q_slots > 1:
