@@ -93,6 +93,23 @@ def test_interpreted_equals_the_oracle_and_has_no_races(name, monkeypatch):
 
 
 @pytest.mark.slow
+def test_logits_that_rise_by_little_and_by_much_equal_the_oracle():
+    """A running maximum that lags behind any logit has P infinite in 16 bits."""
+    case = Case(B=1, T=130, S=512, N=1, H=128)
+    assert HEAD_DIMS[case.H].lags
+    q, k, v, d_out, d_lse = case.arrays("float16").values()
+    k = (k * np.repeat([9.0, 3.0, 1.0, 0.2], 128)[:, None, None]).astype(k.dtype)  # walked from right to left
+    attend = functools.partial(
+        hopper_attention, mask=make_mask(case.T, case.S), scale=0.1, interpret=plgpu.InterpretGPUParams()
+    )
+    (out, lse), back = jax.vjp(attend, *map(jnp.asarray, (q, k, v)))
+    dq, dk, dv = back((jnp.asarray(d_out), jnp.asarray(d_lse)))
+    gradients = {"dq": dq, "dk": dk, "dv": dv}
+    assert_is(attention(q, k, v, scale=0.1), out, lse)
+    assert not errors_beyond(GRADIENT, gradients, attention_gradients(q, k, v, d_out, d_lse, scale=0.1))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("N", "K", "short"), [(1, 1, 0), (2, 1, 0), (1, 1, 3)])
 def test_a_last_round_cut_in_parts_equals_the_oracle(N, K, short, monkeypatch, multiprocessors):
     """On three multiprocessors four tiles leave one, whose keys, and in the backward queries, are cut in two. Parts weighted

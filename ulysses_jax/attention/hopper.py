@@ -58,6 +58,7 @@ WGMMA = plgpu.Layout.WGMMA
 ROWS = WGMMA.reduce(1)  # one value a row of a product
 COLUMNS = WGMMA.reduce(0)  # one value a column
 LOG2E = math.log2(math.e)
+LAG = 8.0  # by how much, in base 2, logits may pass a running maximum that lags: P then reaches 2⁸, exact enough in 16 bits
 LOWEST = -1e30  # the running maximum's start: finite, so that a row that saw nothing yet subtracts no infinities
 WARPGROUP_ROWS = 64  # rows of a product that one warpgroup holds
 
@@ -91,12 +92,13 @@ class Tilings(NamedTuple):
     keys: Tiling
     fused: bool  # dQ together with dK and dV
     persistent: bool  # blocks of the forward work off many tiles each, which takes a second buffer of queries
+    lags: bool  # the forward's running maximum does, so that most steps need not rescale what is added up
 
 
 HEAD_DIMS = {
-    64: Tilings(Tiling(128, 2), Tiling(64, 2), Tiling(128, 2), fused=True, persistent=True),
-    128: Tilings(Tiling(128, 2), Tiling(64, 2), Tiling(64, 2), fused=True, persistent=True),
-    256: Tilings(Tiling(64, 2), Tiling(64, 1), Tiling(64, 1), fused=False, persistent=False),
+    64: Tilings(Tiling(128, 2), Tiling(64, 2), Tiling(128, 2), fused=True, persistent=True, lags=False),
+    128: Tilings(Tiling(128, 2), Tiling(64, 2), Tiling(64, 2), fused=True, persistent=True, lags=True),
+    256: Tilings(Tiling(64, 2), Tiling(64, 1), Tiling(64, 1), fused=False, persistent=False, lags=False),
 }
 
 
@@ -306,6 +308,7 @@ def _forward_tiles(
     beside = lists is not None and q_slots > 1
     # Held in registers through a tile, its queries spare shared memory a fifth of what is read of it: faster in clusters alone.
     held = cluster > 1 and not options.interpret
+    lags = tilings.lags
     uneven = cluster > 1 and not hides_nothing(mask, T, S)
     back, ahead = mask.window or (T + S,) * 2  # how many keys behind and ahead of itself a query sees
     ahead = 0 if mask.is_causal else ahead
@@ -373,7 +376,8 @@ def _forward_tiles(
             if options.soft_cap is not None:
                 x = options.soft_cap * jnp.tanh(x * (options.scale / options.soft_cap))
             x = hidden(x)
-            new_top = jnp.maximum(top, x.max(axis=1))
+            highest = x.max(axis=1)
+            new_top = jnp.where(highest > top + LAG / options.exponent, highest, top) if lags else jnp.maximum(top, highest)
             fade = jnp.exp2((top - new_top) * options.exponent)
             p = jnp.exp2(x * options.exponent - lax.broadcast_in_dim(new_top * options.exponent, x.shape, [0]))
             return p.astype(q.dtype), new_top, total * fade + p.sum(axis=1), fade
@@ -398,7 +402,10 @@ def _forward_tiles(
 
                 x = pl.run_scoped(logits, plgpu.ACC((WARPGROUP_ROWS, block), jnp.float32))
                 plgpu.barrier_arrive(k_free.at[slot])
-                for ref, value in zip(softened_refs, softened(x), strict=True):
+                values = softened(x)
+                if lags:
+                    _computed(values[2])
+                for ref, value in zip(softened_refs, values, strict=True):
                     ref[...] = value
 
             def both_interpreted():
@@ -485,7 +492,7 @@ def _forward_tiles(
                     pl.when((i == 2) & (n > 0))(lambda: store_and_free(n - 1))
                 softened = lambda x: soften(x, top, total, hiding(tile, steps, ranges, i, code, hide))  # noqa: E731
                 acc, p, top, total, fade = turn(queries, slot, before, acc, p, top, total, softened)
-                return acc * lax.broadcast_in_dim(fade, acc.shape, [0]), p, top, total, following
+                return _rescaled(acc, fade, around=lags and not options.interpret), p, top, total, following
 
             acc = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, H), jnp.float32), WGMMA)
             carry = acc, p, top, total, tile.peek(1)
@@ -996,6 +1003,48 @@ def _zero_of(n):
     be kept in registers through all loops around, which spills; what hangs on the step is computed anew.
     """
     return lax.div(n, i32(2**30))
+
+
+def _rescaled(acc, fade, around: bool):
+    """acc · fade, a factor a row; `around`: a warp all of whose factors are 1 goes around it."""
+    if not around:
+        return acc * lax.broadcast_in_dim(fade, acc.shape, [0])
+    from jax.experimental.mosaic import gpu as mgpu
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith, nvvm, scf, vector
+
+    @plgpu.inline_mgpu(arg_types=(WGMMA, ROWS), return_type=plgpu.ShapeDtypeStruct(acc.shape, acc.dtype, layout=WGMMA))
+    def rescale(context, acc, fade):
+        one = arith.constant(ir.F32Type.get(), 1.0)
+        factors = (vector.extract(x, [], [0]) for x in fade.registers.flat)
+        fades = functools.reduce(arith.ori, (arith.cmpf(arith.CmpFPredicate.UNE, x, one) for x in factors))
+        some = nvvm.vote_sync(mgpu.c(0xFFFFFFFF, ir.IntegerType.get_signless(32)), fades, "any")
+        branch = scf.IfOp(some, [x.type for x in acc.registers.flat], has_else=True)
+        with ir.InsertionPoint(branch.then_block):
+            scf.yield_(list((acc * fade.broadcast_in_dim(acc.shape, (0,), acc.layout)).registers.flat))
+        with ir.InsertionPoint(branch.else_block):  # pyright: ignore[reportCallIssue]
+            scf.yield_(list(acc.registers.flat))
+        registers = np.array(branch.results, dtype=object).reshape(acc.registers.shape)
+        return mgpu.FragmentedArray(_registers=registers, _layout=acc.layout, _is_signed=None)
+
+    return rescale(acc, fade)  # pyright: ignore[reportCallIssue] — the context is Mosaic's to give
+
+
+def _computed(sums) -> None:
+    """These, which are never negative, are computed before what follows: the compiler would wait first for a product that runs
+    beside. An instruction reads them that does nothing here, and is not reached.
+    """
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import llvm
+
+    read = "{ .reg .pred p; setp.eq.f32 p, $0, 0fBF800000; @p griddepcontrol.launch_dependents; }"
+
+    @plgpu.inline_mgpu(arg_types=(ROWS,))
+    def computed(context, sums) -> None:
+        for x in sums.registers.flat:
+            llvm.inline_asm(ir.Type.parse("!llvm.void"), [x], read, "f", has_side_effects=True)
+
+    computed(sums)  # pyright: ignore[reportCallIssue]
 
 
 def _ptx(text: str) -> None:
