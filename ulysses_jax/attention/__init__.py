@@ -347,10 +347,10 @@ def check_platform(implementation: str | None, platform: str) -> None:
 def resolve(q: Array, mask: Mask, options: Options, sinks: bool = False) -> str:
     """The implementation that runs: the one named, where the devices have it, or the best they have.
 
-    Unnamed, on Hopper: "pallas" for heads of 64 and 128, where forward and backward together are faster by it (with heads of 64
-    the forward alone is 3 % slower than cuDNN's), and for what cuDNN lacks. On other GPUs "cudnn", on TPUs "splash", where they
-    can do what is asked, else "xla" (`experiments/results/`, train_1p2b_2gpu and kernel_speed_before). What is chosen, and why
-    it is not what was to be had at best, is logged once.
+    Unnamed, on Hopper: "pallas" for heads of 64 and 128, which are faster by it, and for what cuDNN lacks (heads of 256 are
+    faster forward, slower with backward). On other GPUs "cudnn", on TPUs "splash", where they can do what is asked, else "xla"
+    (`experiments/results/`, kernel_speed and train_1p2b_2gpu). What is chosen, and why it is not what was to be had at best, is
+    logged once.
     """
     platform, kind = _device()
     named, hopper = options.implementation, any(name in kind for name in HOPPER)
