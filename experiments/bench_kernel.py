@@ -212,22 +212,21 @@ def grouped() -> Iterator[list[dict]]:
 
 def variants() -> Iterator[list[dict]]:
     """What an option costs: TFLOP/s beside the same attention without it."""
-    T, N, rows = 32768, 16, []
-    mask, flops, arrays = make_mask(T, is_causal=True), visible_flops(T, N, 128, is_causal=True), inputs(T, N)
-    options: dict[str, dict[str, Any]] = {
-        "soft cap": {"logits_soft_cap": 30.0},
-        "deterministic": {"deterministic": True},
-        "sinks": {"sinks": jnp.zeros(N)},
-    }
-    for metric, share, wrap, count in (("forward", 1.0, lambda f: f, 3), ("forward+backward", 3.5, both, 4)):
+    T, rows = 32768, []
+    mask = make_mask(T, is_causal=True)
+    soft_cap: dict[str, dict[str, Any]] = {"soft cap": {"logits_soft_cap": 30.0}}
+    others: dict[str, dict[str, Any]] = {"deterministic": {"deterministic": True}, "sinks": {"sinks": jnp.zeros(16)}}
+    for H, N, options in ((128, 16, soft_cap | others), (256, 8, soft_cap)):
+        flops, arrays = visible_flops(T, N, H, is_causal=True), inputs(T, N, H=H)
         kinds = {"plain": ours(mask), **{name: ours(mask, **own) for name, own in options.items()}}
-        programs = compiled({name: (wrap(attend), arrays[:count]) for name, attend in kinds.items()})
-        rates = {name: share * flops / took / 1e12 for name, took in seconds(programs).items()}
-        for name in options:
-            case = f"T={T} N={N} H=128 causal, {name}"
-            rows.append(record.row(case, metric, "TFLOP/s", rates[name], plain=rates["plain"]))
-            print(_line(rows[-1]), flush=True)
-        yield rows
+        for metric, share, wrap, count in (("forward", 1.0, lambda f: f, 3), ("forward+backward", 3.5, both, 4)):
+            programs = compiled({name: (wrap(attend), arrays[:count]) for name, attend in kinds.items()})
+            rates = {name: share * flops / took / 1e12 for name, took in seconds(programs).items()}
+            for name in options:
+                case = f"T={T} N={N} H={H} causal, {name}"
+                rows.append(record.row(case, metric, "TFLOP/s", rates[name], plain=rates["plain"]))
+                print(_line(rows[-1]), flush=True)
+            yield rows
 
 
 def documents(T: int, mean: int, seed: int = 0) -> list[int]:
