@@ -311,6 +311,7 @@ def accuracy() -> Iterator[list[dict]]:
         if H <= 128:  # so many tiles that blocks work in clusters
             many: dict[str, Any] = {"H": H, "T": 2048, "N": 36, "K": 12}
             cases[f"causal, many tiles H={H}"], cases[f"full, many tiles H={H}"] = (many, causal, {}), (many, {}, {})
+            cases[f"window, many tiles H={H}"] = many, {**causal, "local_window_size": (300, 0)}, {}
             # Documents dealt and evened out, and on 132 multiprocessors 4 of 532 tiles that are left over, cut for all.
             each = np.repeat(np.arange(7, dtype=np.int32), [100, 37, 300, 250, 13, 333, 1015])[None]
             cases[f"documents, many tiles H={H}"] = many, {**causal, "segment_ids": each}, {}
