@@ -63,7 +63,7 @@ LOWEST = -1e30  # the running maximum's start: finite, so that a row that saw no
 WARPGROUP_ROWS = 64  # rows of a product that one warpgroup holds
 
 # A computing warpgroup waits for its turn before it issues a step's products, and then gives the other one its own: each waits
-# at a barrier of its own, 9 or 10, until the other arrives there.
+# at a barrier of its own, 9 or 10, until the other arrives there. The last arrival of a block is waited for by none.
 TAKE_TURN, GIVE_TURN = (
     f"{{ .reg .b32 of; mov.u32 of, %tid.x; shr.u32 of, of, 7; {other} add.u32 of, of, 9; bar.{does} of, {2 * 128}; }}"
     for other, does in (("", "sync"), ("xor.b32 of, of, 1;", "arrive"))
@@ -309,8 +309,8 @@ def _forward_tiles(
     # Held in registers through a tile, its queries spare shared memory a fifth of what is read of it: faster in clusters alone.
     held = cluster > 1 and not options.interpret
     lags = tilings.lags
-    uneven = cluster > 1 and not hides_nothing(mask, T, S)
-    back, ahead = mask.window or (T + S,) * 2  # how many keys behind and ahead of itself a query sees
+    uneven = cluster > 1 and (mask.is_causal or mask.window is not None)
+    back, ahead = (min(x, T + S) for x in mask.window or (T, S))  # so many keys behind and ahead of itself a query sees
     ahead = 0 if mask.is_causal else ahead
     broken = (
         jnp.zeros(1, jnp.float32) if mask.contiguous is None else jnp.where(mask.contiguous, 0.0, jnp.nan).astype(jnp.float32)
@@ -342,7 +342,7 @@ def _forward_tiles(
             if not uneven:
                 return tile, i32(0), i32(0)
             base, first, end = base_of(tile), tile.first, tile.first + steps_of(tile)
-            own_end = jnp.clip(lax.div(base + min(rows + ahead, T + S) + block - 1, i32(block)), first + 1, end)
+            own_end = jnp.clip(lax.div(base + rows + ahead + block - 1, i32(block)), first + 1, end)
             if mask.window is None:
                 return tile.walking(first, own_end, tile.full_first, tile.full_end), end - own_end, i32(0)
             own_first = jnp.clip(lax.div(jnp.maximum(base - back, 0), i32(block)), first, own_end - 1)

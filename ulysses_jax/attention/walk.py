@@ -175,7 +175,7 @@ def order_of_queries(
 
 
 def in_clusters(mask: Mask, heads: int, T: int, rows: int) -> bool:
-    """Do the tiles come in pairs that walk nearly the same keys, enough of them to be dealt?"""
+    """Do the tiles come in pairs that walk the same keys but for one tile at either end, enough of them to be dealt?"""
     pairs, short = divmod(T, 2 * rows)
     clusters, odd = divmod(schedule.multiprocessors(), 2)
     return is_known(mask) and not short and not odd and heads * pairs >= 4 * clusters
