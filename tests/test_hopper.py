@@ -275,6 +275,13 @@ def test_clusters_lower_for_cuda(head_dim, name, monkeypatch, multiprocessors):
     assert made
 
 
+def test_a_window_beyond_any_length_lowers_in_clusters(monkeypatch, multiprocessors):
+    """Its sides taken as they are overflow int32."""
+    multiprocessors(2)
+    monkeypatch.setitem(LOWERED, "beyond", {"local_window_size": (2**31, 2**31)})
+    assert lowered_for_cuda(128, "beyond", T=1024).count("custom_call @mosaic_gpu") == 2
+
+
 @pytest.mark.parametrize("name", ["causal", "full", "packed", "blocks"])
 @pytest.mark.parametrize("few", [False, True], ids=["a_tile_a_block", "dealt"])
 def test_under_x64_they_lower_the_same(name, few, monkeypatch, multiprocessors):
