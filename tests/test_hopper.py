@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec
 
 from tests.oracles import Case, attention, attention_gradients, errors_beyond
-from ulysses_jax.attention import hopper, schedule
+from ulysses_jax.attention import hopper_backward, hopper_forward, schedule
 from ulysses_jax.attention.hopper import HEAD_DIMS, hopper_attention
 from ulysses_jax.attention.masks import BlockMask, make_mask
 from ulysses_jax.attention.reference import reference_attention
@@ -65,7 +65,7 @@ def test_interpreted_equals_the_oracle_and_has_no_races(name, monkeypatch):
     case, deterministic = INTERPRETED[name]
     # Heads that read one KV head walked together, or in pairs, which so few tiles would not be.
     if parts := {"gqa_window_cap": 1, "blocks": 1, "parts_of_a_group": 2}.get(name):
-        monkeypatch.setattr(hopper, "parts_of_group", lambda group, tiles: parts)
+        monkeypatch.setattr(hopper_backward, "parts_of_group", lambda group, tiles: parts)
     arrays = case.arrays("bfloat16")
     mask = make_mask(case.T, case.S or case.T, **case.mask_options())
     scale = case.score_options()["scale"] or case.H**-0.5
@@ -117,7 +117,7 @@ def test_a_last_round_cut_in_parts_equals_the_oracle(N, K, short, monkeypatch, m
     """
     multiprocessors(3)
     monkeypatch.setattr(schedule, "WORTH", 1)
-    monkeypatch.setattr(hopper, "parts_of_group", lambda group, tiles: 1)
+    monkeypatch.setattr(hopper_backward, "parts_of_group", lambda group, tiles: 1)
     case = Case(B=1, T=512 // N, S=512 - short, N=N, K=K, H=64)
     assert schedule.last_round(4, case.T // 128, 4)[0] == schedule.last_round(4, 4, case.T // HEAD_DIMS[64].keys.block)[0] == 1
     q, k, v, d_out, d_lse = case.arrays("bfloat16").values()
@@ -138,14 +138,14 @@ def test_a_last_round_cut_in_parts_equals_the_oracle(N, K, short, monkeypatch, m
 @pytest.fixture
 def two_multiprocessors(monkeypatch, multiprocessors):
     """So that each block of a small case works off several tiles; gives the orders that are met."""
-    met, inner = [], hopper.order_of_queries
+    met, inner = [], hopper_forward.order_of_queries
 
     def order_of_queries(*arguments):
         met.append(inner(*arguments))
         return met[-1]
 
     multiprocessors(2)
-    monkeypatch.setattr(hopper, "order_of_queries", order_of_queries)
+    monkeypatch.setattr(hopper_forward, "order_of_queries", order_of_queries)
     return met
 
 
@@ -254,13 +254,13 @@ def test_every_configuration_lowers_for_cuda(head_dim, name):
 @pytest.mark.parametrize("few", [False, True], ids=["a_tile_a_block", "dealt"])
 def test_a_turn_is_given_for_each_that_is_taken(name, few, monkeypatch, multiprocessors):
     """And one more, so that the first warpgroup may begin. The interpreter knows no turns; a GPU would stand still."""
-    said, inner = [], hopper._ptx
-    monkeypatch.setattr(hopper, "_ptx", lambda text: said.append(text) or inner(text))
+    said, inner = [], hopper_forward.ptx
+    monkeypatch.setattr(hopper_forward, "ptx", lambda text: said.append(text) or inner(text))
     if few:
         multiprocessors(2)
     lowered_for_cuda(128, name, T=1024)
-    assert said.count(hopper.TAKE_TURN) >= 2
-    assert said.count(hopper.GIVE_TURN) == said.count(hopper.TAKE_TURN) + 1
+    assert said.count(hopper_forward.TAKE_TURN) >= 2
+    assert said.count(hopper_forward.GIVE_TURN) == said.count(hopper_forward.TAKE_TURN) + 1
 
 
 @pytest.mark.parametrize("name", ["causal", "full", "window", "cap", "deterministic"])
