@@ -46,6 +46,7 @@ MEET = f"fence.proxy.async.shared::cta; bar.sync 8, {2 * 128};"
 
 
 def backward(options: Options, q, k, v, mask: Mask, out, lse, d_out, d_lse) -> tuple[Array, Array, Array]:
+    """(dQ, dK, dV) of cotangents of the output and of the log-sum-exp, shaped as in `hopper_attention`."""
     # dS = P ∘ (dP − delta), where delta = Σ_h dO ∘ O; a cotangent of the log-sum-exp enters as −dLSE.
     # Not an einsum: XLA would lay the stack of all layers' outputs out for it, heads outermost, and keep it twice.
     delta = (d_out.astype(jnp.float32) * out).sum(-1).swapaxes(1, 2) - d_lse
