@@ -58,6 +58,16 @@ def assert_is(want: dict, out, lse) -> None:
     assert not errors_beyond(1e-5, {"lse": lse}, {"lse": want["lse"]})
 
 
+def assert_equals_the_oracle(attend, arrays: dict, **options) -> None:
+    """Output, log-sum-exp and the gradients of cotangents of both are the oracle's."""
+    q, k, v, d_out, d_lse = arrays.values()
+    (out, lse), back = jax.vjp(attend, *map(jnp.asarray, (q, k, v)))
+    dq, dk, dv = back((jnp.asarray(d_out), jnp.asarray(d_lse)))
+    assert_is(attention(q, k, v, **options), out, lse)
+    gradients = {"dq": dq, "dk": dk, "dv": dv}
+    assert not errors_beyond(GRADIENT, gradients, attention_gradients(q, k, v, d_out, d_lse, **options))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", INTERPRETED)
 def test_interpreted_equals_the_oracle_and_has_no_races(name, monkeypatch):
@@ -82,14 +92,7 @@ def test_interpreted_equals_the_oracle_and_has_no_races(name, monkeypatch):
             interpret=plgpu.InterpretGPUParams(detect_races=True),
         )
 
-    q, k, v, d_out, d_lse = arrays.values()
-    (out, lse), back = jax.vjp(attend, *map(jnp.asarray, (q, k, v)))
-    dq, dk, dv = back((jnp.asarray(d_out), jnp.asarray(d_lse)))
-    gradients = {"dq": dq, "dk": dk, "dv": dv}
-    options = case.mask_options() | case.score_options()
-    want = attention(q, k, v, **options)
-    assert_is(want, out, lse)
-    assert not errors_beyond(GRADIENT, gradients, attention_gradients(q, k, v, d_out, d_lse, **options))
+    assert_equals_the_oracle(attend, arrays, **case.mask_options(), **case.score_options())
 
 
 @pytest.mark.slow
@@ -97,16 +100,13 @@ def test_logits_that_rise_by_little_and_by_much_equal_the_oracle():
     """A running maximum that lags without bound has P infinite in 16 bits."""
     case = Case(B=1, T=130, S=512, N=1, H=128)
     assert HEAD_DIMS[case.H].lags
-    q, k, v, d_out, d_lse = case.arrays("float16").values()
-    k = (k * np.repeat([9.0, 3.0, 1.0, 0.2], 128)[:, None, None]).astype(k.dtype)  # walked from right to left
+    arrays = case.arrays("float16")
+    rise = np.repeat([9.0, 3.0, 1.0, 0.2], 128)[:, None, None]  # walked from right to left
+    arrays["k"] = (arrays["k"] * rise).astype(arrays["k"].dtype)
     attend = functools.partial(
         hopper_attention, mask=make_mask(case.T, case.S), scale=0.1, interpret=plgpu.InterpretGPUParams()
     )
-    (out, lse), back = jax.vjp(attend, *map(jnp.asarray, (q, k, v)))
-    dq, dk, dv = back((jnp.asarray(d_out), jnp.asarray(d_lse)))
-    gradients = {"dq": dq, "dk": dk, "dv": dv}
-    assert_is(attention(q, k, v, scale=0.1), out, lse)
-    assert not errors_beyond(GRADIENT, gradients, attention_gradients(q, k, v, d_out, d_lse, scale=0.1))
+    assert_equals_the_oracle(attend, arrays, scale=0.1)
 
 
 @pytest.mark.slow
@@ -120,19 +120,13 @@ def test_a_last_round_cut_in_parts_equals_the_oracle(N, K, short, monkeypatch, m
     monkeypatch.setattr(hopper_backward, "parts_of_group", lambda group, tiles: 1)
     case = Case(B=1, T=512 // N, S=512 - short, N=N, K=K, H=64)
     assert schedule.last_round(4, case.T // 128, 4)[0] == schedule.last_round(4, 4, case.T // HEAD_DIMS[64].keys.block)[0] == 1
-    q, k, v, d_out, d_lse = case.arrays("bfloat16").values()
     attend = functools.partial(
         hopper_attention,
         mask=make_mask(case.T, case.S),
         scale=case.H**-0.5,
         interpret=plgpu.InterpretGPUParams(detect_races=True),
     )
-    (out, lse), back = jax.vjp(attend, *map(jnp.asarray, (q, k, v)))
-    dq, dk, dv = back((jnp.asarray(d_out), jnp.asarray(d_lse)))
-    gradients = {"dq": dq, "dk": dk, "dv": dv}
-    want = attention(q, k, v, scale=case.H**-0.5)
-    assert_is(want, out, lse)
-    assert not errors_beyond(GRADIENT, gradients, attention_gradients(q, k, v, d_out, d_lse, scale=case.H**-0.5))
+    assert_equals_the_oracle(attend, case.arrays("bfloat16"), scale=case.H**-0.5)
 
 
 @pytest.fixture

@@ -22,7 +22,6 @@ from ulysses_jax.attention.mosaic import (
     WARPGROUP_ROWS,
     WGMMA,
     Options,
-    accumulate,
     added,
     drain,
     i32,
@@ -292,7 +291,7 @@ def _keys_kernel(
                 p, ds = pl.run_scoped(products, *(plgpu.ACC((WARPGROUP_ROWS, block), jnp.float32),) * 2)
                 dk, dv = sums
                 if want_dv:
-                    dv = accumulate(dv, p, do_smem.at[slot], interpret)
+                    dv = _accumulate(dv, p, do_smem.at[slot], interpret)
                 if want_dq:
                     if not (share or interpret):  # from registers, so it runs while dS is written
                         plgpu.wgmma(dk, ds, q_smem.at[slot])
@@ -332,7 +331,7 @@ def _keys_kernel(
                     add = {} if interpret else {"reduction_op": "add"}
                     plgpu.copy_smem_to_gmem(dq_smem.at[warpgroup], outs["dq"].at[target], **add)
                 elif want_dk:
-                    dk = accumulate(dk, ds, q_smem.at[slot], interpret)
+                    dk = _accumulate(dk, ds, q_smem.at[slot], interpret)
                 if not lag:
                     if not interpret:
                         plgpu.wgmma_wait(0)
@@ -436,6 +435,11 @@ def _probabilities(options: Options, x, lse2: Callable, hide: Callable) -> tuple
         x, slope = options.soft_cap * tanh, 1.0 - tanh * tanh
     x = hide(x)
     return jnp.exp2(x * options.exponent - lse2()), slope
+
+
+def _accumulate(acc, a, b_ref, interpret: bool):
+    """acc += a b: into the accumulator `acc` names, or, interpreted, as a value."""
+    return product(acc, a, b_ref) if interpret else plgpu.wgmma(acc, a, b_ref)
 
 
 def _zero_of(n):

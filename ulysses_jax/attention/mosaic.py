@@ -22,8 +22,6 @@ __all__ = [
     "WARPGROUP_ROWS",
     "WGMMA",
     "Options",
-    "Tiling",
-    "accumulate",
     "added",
     "drain",
     "i32",
@@ -73,6 +71,8 @@ HEAD_DIMS = {
 
 
 class Options(NamedTuple):
+    """What both directions are asked for."""
+
     scale: float
     soft_cap: float | None
     deterministic: bool
@@ -96,6 +96,7 @@ def rows_at(ref, batch, base, count: int):
 
 
 def per_row(ref) -> Array:
+    """Of [rows] values, those of the rows that a thread holds of a product."""
     return plgpu.load(ref, layout=ROWS, optimized=False)
 
 
@@ -121,11 +122,6 @@ def added(acc, a, b_ref, interpret: bool):
     if interpret:
         return product(acc, a, b_ref)
     return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b_ref))(plgpu.ACC.init(acc))
-
-
-def accumulate(acc, a, b_ref, interpret: bool):
-    """acc += a b: into the accumulator `acc` names, or, interpreted, as a value."""
-    return product(acc, a, b_ref) if interpret else plgpu.wgmma(acc, a, b_ref)
 
 
 def drain(steps, stages: int, *barriers) -> None:
