@@ -222,6 +222,7 @@ def _keys_kernel(
     want_dq, want_dk, want_dv = ("dq" in wanted), ("dk" in wanted), ("dv" in wanted)
     share = want_dq and H > 64
     columns = H // 2 if share else H  # of dQ, a warpgroup's
+    parts_of_k = H // columns  # lie one by one, as each warpgroup multiplies dS with its own
     ds_slots = 2 if share else 1  # one is written while the other warpgroup still reads the one before
     interpret = bool(options.interpret)
     overlaps = share and not interpret  # dK runs on while dQ is sent
@@ -232,8 +233,8 @@ def _keys_kernel(
     def kernel(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, items, lists, first, end, *rest):
         refs, scratch = rest[:-1], rest[-1]
         outs = dict(zip([name for name in ("dq", "dk", "dv") if name in wanted], refs, strict=True))
-        k_smem, v_smem, k_halves, q_smem, do_smem, lse_smem, delta_smem, ds_smem, dq_smem = scratch[:9]
-        kv_here, q_here, do_here, q_free, do_free, met = scratch[9:]
+        k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, ds_smem, dq_smem = scratch[:8]
+        kv_here, q_here, do_here, q_free, do_free, met = scratch[8:]
         warpgroup = lax.axis_index("warpgroup")
         tile = Tile(items.at[lax.axis_index("block"), 0], lists)
         batch, kv_head = tile.batch, tile.head
@@ -257,6 +258,16 @@ def _keys_kernel(
             ranges = tuple(per_row(rows_at(ref, batch, base, WARPGROUP_ROWS)) for ref in (first, end))
             plgpu.barrier_wait(kv_here)
 
+            def meet():
+                """What this warpgroup, and where dQ is shared the other, wrote is there for the tensor cores."""
+                if overlaps:
+                    ptx(MEET)
+                    return
+                plgpu.commit_smem()
+                if share:
+                    plgpu.barrier_arrive(met)
+                    plgpu.barrier_wait(met)
+
             def free(n):
                 """All products of step n − `lag` are done."""
                 plgpu.barrier_arrive(q_free.at[lax.rem(n, i32(stages))])
@@ -270,7 +281,9 @@ def _keys_kernel(
                 plgpu.barrier_wait(do_here.at[slot])
 
                 def products(x_ref, dp_ref):
-                    plgpu.wgmma(x_ref, k_smem.at[keys], q_smem.at[slot].transpose((1, 0)))
+                    for part in range(parts_of_k):
+                        its = pl.ds(part * columns, columns)
+                        plgpu.wgmma(x_ref, k_smem.at[part, keys], q_smem.at[slot, :, its].transpose((1, 0)))
                     if want_dq or want_dk:
                         plgpu.wgmma(dp_ref, v_smem.at[keys], do_smem.at[slot].transpose((1, 0)))
                     x = plgpu.wgmma_accumulator_load(x_ref, wait_n=1 if want_dq or want_dk else 0)
@@ -298,21 +311,16 @@ def _keys_kernel(
                     mine = ds_smem.at[lax.rem(n, i32(ds_slots))]
                     if overlaps:
                         ptx("cp.async.bulk.wait_group.read 0;")  # dQ of the last step has left its buffer
-                        mine.at[own][...] = ds
-                        ptx(MEET)
                     else:
                         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                        mine.at[own][...] = ds
-                        plgpu.commit_smem()
-                        if share:
-                            plgpu.barrier_arrive(met)
-                            plgpu.barrier_wait(met)
+                    mine.at[own][...] = ds
+                    meet()
 
                     def dq_and_dk(dq_ref):
                         if share:
-                            plgpu.wgmma(dq_ref, mine.transpose((1, 0)), k_halves.at[this])
+                            plgpu.wgmma(dq_ref, mine.transpose((1, 0)), k_smem.at[this])
                         else:
-                            plgpu.wgmma(dq_ref, mine.at[own].transpose((1, 0)), k_smem.at[keys])
+                            plgpu.wgmma(dq_ref, mine.at[own].transpose((1, 0)), k_smem.at[0, keys])
                         if overlaps:
                             plgpu.wgmma(dk, mine.at[own], q_smem.at[slot])
                         return plgpu.wgmma_accumulator_load(dq_ref, wait_n=int(overlaps))
@@ -352,23 +360,25 @@ def _keys_kernel(
                 sums = pl.run_scoped(accumulated, *(plgpu.ACC((WARPGROUP_ROWS, H), jnp.float32),) * 2)
             if lag:
                 free(steps)
-            for name, total, smem, factor in zip(("dk", "dv"), sums, (k_smem, v_smem), (options.scale, 1.0), strict=True):
+            if share:  # dK leaves through buffers of queries, as the other warpgroup reads all of the keys
+                meet()
+            out_smem = {"dk": q_smem.at[warpgroup] if share else k_smem.at[0, own], "dv": v_smem.at[own]}
+            for name, total, factor in zip(("dk", "dv"), sums, (options.scale, 1.0), strict=True):
                 if name in wanted:
-                    smem.at[own][...] = (total * factor).astype(q.dtype)
+                    out_smem[name][...] = (total * factor).astype(q.dtype)
             plgpu.commit_smem()
-            for name, smem in (("dk", k_smem), ("dv", v_smem)):
+            for name, smem in out_smem.items():
                 if name in wanted:
-                    plgpu.copy_smem_to_gmem(smem.at[own], outs[name].at[batch, pl.ds(base, WARPGROUP_ROWS), kv_head])
+                    plgpu.copy_smem_to_gmem(smem, outs[name].at[batch, pl.ds(base, WARPGROUP_ROWS), kv_head])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         @pl.when(warpgroup == 2)
         def copy():
             plgpu.set_max_registers(registers[1], action="decrease")
             keys = (batch, pl.ds(tile.index * rows, rows), lax.div(kv_head, i32(parts)))
-            plgpu.copy_gmem_to_smem(k_ref.at[keys], k_smem, kv_here)
+            for part in range(parts_of_k):
+                plgpu.copy_gmem_to_smem(k_ref.at[(*keys, pl.ds(part * columns, columns))], k_smem.at[part], kv_here)
             plgpu.copy_gmem_to_smem(v_ref.at[keys], v_smem, kv_here)
-            for half in range(2 if share else 0):
-                plgpu.copy_gmem_to_smem(k_ref.at[(*keys, pl.ds(half * columns, columns))], k_halves.at[half], kv_here)
 
             def fill(n, code, _):
                 head, i, _ = tile.visit(n, code, group)
@@ -402,13 +412,13 @@ def _keys_kernel(
         blocks=len(order.items),
         out=tuple(outs.values()),
         scratch=[
-            *(swizzled((rows, H), q.dtype),) * 2,
-            swizzled((2, rows, columns) if share else (1, 8, 64), q.dtype),
+            swizzled((parts_of_k, rows, columns), q.dtype),
+            swizzled((rows, H), q.dtype),
             *(swizzled((stages, block, H), q.dtype),) * 2,
             *(plgpu.SMEM((stages, block), jnp.float32),) * 2,
             swizzled((ds_slots, rows, block) if want_dq else (1, 8, 64), q.dtype),
             swizzled((2, block, columns) if want_dq else (1, 8, 32), jnp.float32),
-            plgpu.Barrier(num_arrivals=4 if share else 2),
+            plgpu.Barrier(num_arrivals=parts_of_k + 1),
             plgpu.Barrier(num_barriers=stages, num_arrivals=3),
             plgpu.Barrier(num_barriers=stages),
             *(plgpu.Barrier(num_barriers=stages, num_arrivals=2),) * 2,

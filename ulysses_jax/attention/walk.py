@@ -5,7 +5,6 @@ becomes the arrays of a `Walk`. Where the mask is known they are constants of th
 """
 
 import contextlib
-import copy
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -91,12 +90,6 @@ class Tile:
         )
         self.lists = lists if lists.shape[1] > 1 else None
 
-    def walking(self, first, end, full_first, full_end) -> "Tile":
-        """The same tile with other steps."""
-        tile = copy.copy(self)
-        tile.first, tile.end, tile.full_first, tile.full_end = first, end, full_first, full_end
-        return tile
-
     def peek(self, i):
         """The listed code of step i: to be read a step ahead, as the memory is far away; 0 without lists."""
         if self.lists is None:
@@ -175,10 +168,10 @@ def order_of_queries(
 
 
 def in_clusters(mask: Mask, heads: int, T: int, rows: int) -> bool:
-    """Do the tiles come in pairs that walk the same keys but for one tile at either end, enough of them to be dealt?"""
+    """Do the tiles come in pairs that walk the same keys but for one tile at the diagonal, enough of them to be dealt?"""
     pairs, short = divmod(T, 2 * rows)
     clusters, odd = divmod(schedule.multiprocessors(), 2)
-    return is_known(mask) and not short and not odd and heads * pairs >= 4 * clusters
+    return is_known(mask) and mask.window is None and not short and not odd and heads * pairs >= 4 * clusters
 
 
 def steps_known(mask: Mask, tile: int, step: int, lists) -> tuple[int, ...] | None:
