@@ -1,12 +1,13 @@
 """The Hopper kernels without a GPU: their arithmetic and protocol in Mosaic's interpreter, and that every configuration lowers
 for CUDA.
 
-Interpreted, four things stand in for what the interpreter lacks: products whose left operand is in registers are plain ones,
-but the forward's queries stay in shared memory, accumulators are values, and dQ is written by each tile of keys apart and
-summed, in place of TMA's addition.
+Interpreted, five things stand in for what the interpreter lacks: products whose left operand is in registers are plain ones,
+but the forward's queries stay in shared memory, accumulators are values, what is hidden is compared and not asked of bits, and
+dQ is written by each tile of keys apart and summed, in place of TMA's addition.
 """
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -275,6 +276,14 @@ def test_a_window_beyond_any_length_lowers(monkeypatch, multiprocessors):
     multiprocessors(2)
     monkeypatch.setitem(LOWERED, "beyond", {"local_window_size": (2**31, 2**31)})
     assert lowered_for_cuda(128, "beyond", T=1024).count("custom_call @mosaic_gpu") == 2
+
+
+def test_what_dq_is_added_to_is_made_when_it_is_needed():
+    """Zeros that hang on nothing XLA writes for all layers of a model at once, and keeps."""
+    broadcast = r"broadcast_in_dim %(\d+)#0, dims = \[\] : \(tensor<f32>\) -> tensor<2x1024x8x128xf32>"
+    program = lowered_for_cuda(128, "causal")
+    (barrier,) = re.findall(broadcast, program)
+    assert f"%{barrier}:2 = stablehlo.optimization_barrier" in program
 
 
 @pytest.mark.parametrize("name", ["causal", "full", "packed", "blocks"])

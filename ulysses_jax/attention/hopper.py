@@ -8,8 +8,8 @@ between each row hides what lies outside its own range [first, end).
     forward   a block works off tiles of 2 × 64 queries of a head and walks each one's key tiles from right to left, so that
               of a causal mask only the first is masked. The product with V of one tile runs under the softmax of the next, and
               the queries of the next tile come while this one's are in use. The two computing warpgroups take turns: one's
-              softmax runs under the other's products. Under causal masks, full ones and windows two blocks, a cluster, walk the
-              keys of two neighbouring tiles together: each fetches half of them, for both.
+              softmax runs under the other's products. Under causal and full masks two blocks, a cluster, walk the keys of two
+              neighbouring tiles together: each fetches half of them, for both.
     backward  a block owns 2 × 64 keys of one KV head and walks the query tiles of the heads that read it, all or, where tiles
               are few, a part of them, whose shares are added up afterwards. S and dP are computed transposed, dK and dV stay
               in registers, and dQ is added up in float32 by TMA: five products a tile. The order of those additions varies;

@@ -403,7 +403,9 @@ def _keys_kernel(
     if want_dq and interpret:
         outs = {"dq": jax.ShapeDtypeStruct((tiles, 1 if share else 2, B, padded, N, H), jnp.float32), **outs}
     elif want_dq:
-        dq = jax.new_ref(jnp.zeros((B, padded, N, H), jnp.float32))  # Pallas takes no ref typed as varying
+        # Zeros that hang on delta: XLA would write those of all layers in one go, and keep them.
+        zero, _ = lax.optimization_barrier((jnp.float32(0), delta))
+        dq = jax.new_ref(jnp.full((B, padded, N, H), zero))  # Pallas takes no ref typed as varying
         inputs = (*inputs, dq)
     results = launch(
         kernel,

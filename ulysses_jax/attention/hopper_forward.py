@@ -114,13 +114,12 @@ def _forward_tiles(
     out_at = (tiles - left) * rows if parts else 0
     q_slots = min(2, order.items.shape[1])  # the next item's queries come while this one's are in use
     # Where tiles have few steps, one begins beside the last product of the one before; it costs others 1 to 5 %.
-    weights = steps_known(mask, rows, block, lists) if mask.window is not None else None
-    beside = q_slots > 1 and (lists is not None or (weights is not None and max(weights) <= FEW))
+    most = max(steps_known(mask, rows, block, lists) or (FEW + 1,)) if mask.window is not None else FEW + 1
+    beside = q_slots > 1 and (lists is not None or most <= FEW)
     # Held in registers through a tile, its queries spare shared memory a fifth of what is read of it: faster in clusters alone.
     held = cluster > 1 and not options.interpret
     lags = tilings.lags
-    # Blocks, and causal masks, whose only partial tile is the first, gain nothing by it.
-    by_bits = partial_loop and lists is None and not options.interpret
+    by_bits = partial_loop and lists is None and not options.interpret  # blocks gain nothing by it
     hide_rest = _only_visible_by_bits if by_bits else only_visible
     uneven = cluster > 1 and mask.is_causal
     broken = (
@@ -147,8 +146,8 @@ def _forward_tiles(
                 ptx(text)
 
         def own_steps(tile: Tile):
-            """(steps of this block's queries, how many of a cluster's first, 0 or 1, only its other block takes, as these queries
-            see nothing there).
+            """(steps of this block's queries, how many of a cluster's first steps, 0 or 1, only its other block takes, as these
+            queries see nothing there).
             """
             if not uneven:
                 return steps_of(tile), i32(0)

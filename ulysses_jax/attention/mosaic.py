@@ -65,7 +65,7 @@ class Tilings(NamedTuple):
 
 HEAD_DIMS = {
     64: Tilings(Tiling(128, 2), Tiling(64, 2), Tiling(128, 2), fused=True, persistent=True, lags=False),
-    128: Tilings(Tiling(128, 2), Tiling(64, 2), Tiling(64, 3), fused=True, persistent=True, lags=True),
+    128: Tilings(Tiling(128, 2), Tiling(64, 2), Tiling(64, 2), fused=True, persistent=True, lags=True),
     256: Tilings(Tiling(64, 2), Tiling(64, 1), Tiling(64, 1), fused=False, persistent=False, lags=False),
 }
 
