@@ -119,7 +119,8 @@ def _forward_tiles(
     # Held in registers through a tile, its queries spare shared memory a fifth of what is read of it: faster in clusters alone.
     held = cluster > 1 and not options.interpret
     lags = tilings.lags
-    by_bits = partial_loop and lists is None and not options.interpret  # blocks gain nothing by it
+    # Blocks gain nothing by it; heads of other sizes have not been measured.
+    by_bits = H == 128 and partial_loop and lists is None and not options.interpret
     hide_rest = _only_visible_by_bits if by_bits else only_visible
     uneven = cluster > 1 and mask.is_causal
     broken = (
