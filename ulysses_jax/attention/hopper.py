@@ -33,7 +33,7 @@ from ulysses_jax.attention.blocked import pad
 from ulysses_jax.attention.hopper_backward import backward
 from ulysses_jax.attention.hopper_forward import forward
 from ulysses_jax.attention.masks import Mask
-from ulysses_jax.attention.mosaic import HEAD_DIMS, WARPGROUP_ROWS, Options
+from ulysses_jax.attention.mosaic import HEAD_DIMS, WARPGROUP_ROWS, KernelOptions
 
 __all__ = ["HEAD_DIMS", "hopper_attention", "hopper_attention_backward", "hopper_lacks"]
 
@@ -72,18 +72,18 @@ def hopper_attention(
       deterministic: add up dQ in a fixed order, so that the backward is bit-equal every time.
       interpret: run on the CPU by Mosaic's interpreter (`plgpu.InterpretGPUParams`); for tests.
     """
-    options, T = Options(scale, logits_soft_cap, deterministic, interpret), q.shape[1]
+    options, T = KernelOptions(scale, logits_soft_cap, deterministic, interpret), q.shape[1]
     q, k, v = (pad(x, 1, 8) for x in (q, k, v))  # TMA wants lengths in eights
     out, lse = cast(tuple[Array, Array], _attention(options, q, k, v, mask))
     return out[:, :T], lse[:, :, :T]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(options: Options, q: Array, k: Array, v: Array, mask: Mask) -> tuple[Array, Array]:
+def _attention(options: KernelOptions, q: Array, k: Array, v: Array, mask: Mask) -> tuple[Array, Array]:
     return forward(options, q, k, v, mask)
 
 
-def _attention_fwd(options: Options, q: Array, k: Array, v: Array, mask: Mask):
+def _attention_fwd(options: KernelOptions, q: Array, k: Array, v: Array, mask: Mask):
     # All at once: where they go to the host, a copy that begins with q has XLA wait for q's crossing before k is projected.
     q, k, v = (checkpoint_name(x, "attention_in") for x in lax.optimization_barrier((q, k, v)))
     # Without the barrier XLA fuses the kernel into the write that saves its output, and runs it again for who uses that output.
@@ -107,14 +107,14 @@ def hopper_attention_backward(
     interpret: Any = False,
 ) -> tuple[Array, Array, Array]:
     """The share of these keys in (dQ, dK, dV), where `out` and `lse` may come from more keys than these."""
-    options, T, S = Options(scale, logits_soft_cap, deterministic, interpret), q.shape[1], k.shape[1]
+    options, T, S = KernelOptions(scale, logits_soft_cap, deterministic, interpret), q.shape[1], k.shape[1]
     q, k, v, out, d_out = (pad(x, 1, 8) for x in (q, k, v, out, d_out))
     lse = pad(lse, 2, 8, -jnp.inf)
     dq, dk, dv = backward(options, q, k, v, mask, out, lse, d_out, jnp.zeros_like(lse))
     return dq[:, :T], dk[:, :S], dv[:, :S]
 
 
-def _attention_bwd(options: Options, saved, cotangents):
+def _attention_bwd(options: KernelOptions, saved, cotangents):
     q, k, v, mask, out, lse = saved
     d_out, d_lse = cotangents
     return *backward(options, q, k, v, mask, out, lse, d_out, d_lse), None

@@ -21,7 +21,7 @@ from ulysses_jax.attention.mosaic import (
     LOG2E,
     WARPGROUP_ROWS,
     WGMMA,
-    Options,
+    KernelOptions,
     added,
     drain,
     i32,
@@ -44,7 +44,7 @@ __all__ = ["backward"]
 MEET = f"fence.proxy.async.shared::cta; bar.sync 8, {2 * 128};"
 
 
-def backward(options: Options, q, k, v, mask: Mask, out, lse, d_out, d_lse) -> tuple[Array, Array, Array]:
+def backward(options: KernelOptions, q, k, v, mask: Mask, out, lse, d_out, d_lse) -> tuple[Array, Array, Array]:
     """(dQ, dK, dV) of cotangents of the output and of the log-sum-exp, shaped as in `hopper_attention`."""
     # dS = P ∘ (dP − delta), where delta = Σ_h dO ∘ O; a cotangent of the log-sum-exp enters as −dLSE.
     # Not an einsum: XLA would lay the stack of all layers' outputs out for it, heads outermost, and keep it twice.
@@ -67,7 +67,7 @@ def backward(options: Options, q, k, v, mask: Mask, out, lse, d_out, d_lse) -> t
     return dq, dk, dv
 
 
-def _queries_kernel(options: Options, q, k, v, d_out, lse2, delta, mask: Mask) -> Array:
+def _queries_kernel(options: KernelOptions, q, k, v, d_out, lse2, delta, mask: Mask) -> Array:
     """dQ [B, T, N, H], each block adding up its own queries' in a fixed order."""
     B, T, N, H = q.shape
     group = N // k.shape[2]
@@ -164,14 +164,14 @@ def _queries_kernel(options: Options, q, k, v, d_out, lse2, delta, mask: Mask) -
     return dq[:, :T]
 
 
-def _queries_a_step(options: Options, H: int) -> int:
+def _queries_a_step(options: KernelOptions, H: int) -> int:
     """Of the kernels by keys; under a soft cap at most 64, as its slope takes as many registers as a product."""
     block = HEAD_DIMS[H].keys.block
     return block if options.soft_cap is None else min(block, 64)
 
 
 def _by_keys(
-    options: Options, q, k, v, d_out, lse2, delta, mask: Mask, wanted: set[str]
+    options: KernelOptions, q, k, v, d_out, lse2, delta, mask: Mask, wanted: set[str]
 ) -> tuple[Array | None, Array | None, Array | None]:
     """(dQ, dK, dV), those of `wanted`; where all tiles take equally long, the last few are cut along their queries."""
     (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
@@ -193,7 +193,7 @@ def _by_keys(
 
 
 def _keys_kernel(
-    options: Options, q, k, v, d_out, lse2, delta, mask: Mask, wanted: set[str], left: int = 0
+    options: KernelOptions, q, k, v, d_out, lse2, delta, mask: Mask, wanted: set[str], left: int = 0
 ) -> tuple[Array | None, Array | None, Array | None]:
     """(dQ, dK, dV), those of `wanted`, without the last `left` tiles of keys of the last head's share; products are transposed:
     rows are keys, columns queries.
@@ -439,7 +439,7 @@ def _keys_kernel(
     return dq, *(whole(found[name])[:, :S] if name in found else None for name in ("dk", "dv"))
 
 
-def _probabilities(options: Options, x, lse2: Callable, hide: Callable) -> tuple[Array, Array | None]:
+def _probabilities(options: KernelOptions, x, lse2: Callable, hide: Callable) -> tuple[Array, Array | None]:
     """P = exp2(x − lse2) from the bare product x, and the slope of the cap (None without one)."""
     slope = None
     if options.soft_cap is not None:

@@ -22,7 +22,7 @@ from ulysses_jax.attention.mosaic import (
     ROWS,
     WARPGROUP_ROWS,
     WGMMA,
-    Options,
+    KernelOptions,
     added,
     drain,
     i32,
@@ -62,7 +62,7 @@ TAKE_TURN, GIVE_TURN = (
 )
 
 
-def forward(options: Options, q: Array, k: Array, v: Array, mask: Mask) -> tuple[Array, Array]:
+def forward(options: KernelOptions, q: Array, k: Array, v: Array, mask: Mask) -> tuple[Array, Array]:
     """(out, lse); where all tiles take equally long, the last few are cut along their keys and shared by all (`last_round`)."""
     size = q.shape[3]
     q, k, v = with_heads_padded(q, k, v)
@@ -83,7 +83,7 @@ def forward(options: Options, q: Array, k: Array, v: Array, mask: Mask) -> tuple
 
 
 def _forward_tiles(
-    options: Options, q: Array, k: Array, v: Array, mask: Mask, left: int = 0, parts: int = 0
+    options: KernelOptions, q: Array, k: Array, v: Array, mask: Mask, left: int = 0, parts: int = 0
 ) -> tuple[Array, Array]:
     """(out, lse), without the last `left` tiles of the last head; or, with `parts`, of these alone, for each such part of the
     keys: [parts, left · 128, 1, H], [parts, 1, left · 128].

@@ -21,7 +21,7 @@ __all__ = [
     "ROWS",
     "WARPGROUP_ROWS",
     "WGMMA",
-    "Options",
+    "KernelOptions",
     "added",
     "drain",
     "i32",
@@ -70,7 +70,7 @@ HEAD_DIMS = {
 }
 
 
-class Options(NamedTuple):
+class KernelOptions(NamedTuple):
     """What both directions are asked for."""
 
     scale: float
@@ -153,7 +153,7 @@ def swizzled(shape: tuple[int, ...], dtype):
 
 
 def launch(
-    kernel: Callable, name: str, options: Options, *, blocks: int, out: tuple, scratch: list, cluster: int = 1
+    kernel: Callable, name: str, options: KernelOptions, *, blocks: int, out: tuple, scratch: list, cluster: int = 1
 ) -> Callable:
     """`blocks`, or as many clusters of blocks, each a "member" of its own."""
 
