@@ -360,7 +360,9 @@ def _keys_kernel(
                 sums = pl.run_scoped(accumulated, *(plgpu.ACC((WARPGROUP_ROWS, H), jnp.float32),) * 2)
             if lag:
                 free(steps)
-            if share:  # dK leaves through buffers of queries, as the other warpgroup reads all of the keys
+            if share:  # dK leaves through the queries' buffers, once the other warpgroup's products, too, have read them
+                assert stages > 1
+                assert block == WARPGROUP_ROWS
                 meet()
             out_smem = {"dk": q_smem.at[warpgroup] if share else k_smem.at[0, own], "dv": v_smem.at[own]}
             for name, total, factor in zip(("dk", "dv"), sums, (options.scale, 1.0), strict=True):
