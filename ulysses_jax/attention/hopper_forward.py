@@ -100,12 +100,11 @@ def _forward_tiles(
     lists = key_lists(mask, rows, block, masked_steps)
     key_bytes = 2 * k.nbytes // (B * N)
     cluster = 2 if tilings.persistent and not parts and in_clusters(mask, B * N, T, rows) else 1
+    weights = steps_known(mask, cluster * rows, block, lists) if tilings.persistent else None
     if parts:
         order = Order(np.arange(parts * left).reshape(-1, 1), known=True)
     elif tilings.persistent:
-        order = order_of_queries(
-            mask, B * N, tiles // cluster, key_bytes, cluster * rows, block, lists, left // cluster, cluster
-        )
+        order = order_of_queries(weights, B * N, tiles // cluster, key_bytes, left // cluster, cluster)
     else:
         order = Order(in_order(B * N, tiles, key_bytes, heaviest_last=True).reshape(-1, 1), is_known(mask))
     walk = Walk.of(mask.live_keys(), cluster * rows, block, order, N, lists)
@@ -114,8 +113,8 @@ def _forward_tiles(
     out_at = (tiles - left) * rows if parts else 0
     q_slots = min(2, order.items.shape[1])  # the next item's queries come while this one's are in use
     # Where tiles have few steps, one begins beside the last product of the one before; it costs others up to 5 %.
-    steps = steps_known(mask, rows, block, lists) if mask.window is not None and H == 128 else None
-    beside = q_slots > 1 and (lists is not None or (steps is not None and max(steps) <= FEW))
+    few = H == 128 and mask.window is not None and weights is not None and max(weights) <= FEW
+    beside = q_slots > 1 and (lists is not None or few)
     # Held in registers through a tile, its queries spare shared memory a fifth of what is read of it: faster in clusters alone.
     held = cluster > 1 and not options.interpret
     lags = tilings.lags
@@ -457,7 +456,7 @@ def _only_visible_by_bits(x, ranges: tuple[Array, ...], column):
     @plgpu.inline_mgpu(arg_types=(WGMMA, ROWS, ROWS), return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=WGMMA))
     def hide(context, x, first, end):
         word = ir.IntegerType.get_signless(32)
-        number = lambda value: arith.constant(word, ir.IntegerAttr.get(word, value))  # noqa: E731
+        number = lambda value: mgpu.c(value, word)  # noqa: E731
         own = arith.shli(arith.andi(mgpu.thread_idx(), number(3)), number(1))
 
         def before(bound):
@@ -472,7 +471,7 @@ def _only_visible_by_bits(x, ranges: tuple[Array, ...], column):
             return llvm.inline_asm(word, [start, length], "bmsk.clamp.b32 $0, $1, $2;", "=r,r,r")
 
         rows = [bits(*bounds) for bounds in zip(first.registers.flat, end.registers.flat, strict=True)]
-        minus_infinity = arith.constant(ir.F32Type.get(), -np.inf)
+        minus_infinity = mgpu.c(-np.inf, ir.F32Type.get())
         registers = x.registers.copy()
         for at, pair in np.ndenumerate(x.registers):
             for k in range(2):

@@ -155,11 +155,10 @@ def _evaluated_if_known(mask: Mask):
     return contextlib.nullcontext() if traced else jax.ensure_compile_time_eval()
 
 
-def order_of_queries(
-    mask: Mask, heads: int, tiles: int, key_bytes: int, rows: int, step: int, lists, left: int, cluster: int
-) -> Order:
-    """How clusters of blocks share out the forward's tiles of `rows` queries but the last `left`; `key_bytes` are of a head."""
-    weights = steps_known(mask, rows, step, lists)
+def order_of_queries(weights: tuple[int, ...] | None, heads: int, tiles: int, key_bytes: int, left: int, cluster: int) -> Order:
+    """How clusters of blocks share out the forward's tiles of queries but the last `left`; `weights` are their `steps_known`,
+    `key_bytes` of a head.
+    """
     if weights is None:
         if heads * tiles >= 4 * schedule.multiprocessors():
             return spread(heads, tiles, key_bytes)
