@@ -111,6 +111,29 @@ def test_logits_that_rise_by_little_and_by_much_equal_the_oracle():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("H", [64, 128])
+def test_dq_added_up_in_float16_takes_cotangents_of_any_size(H):
+    """Sums that are not in a unit of each row's own vanish or overflow; a unit that leaves out the cotangent of the log-sum-exp
+    has nothing of it where it stands alone.
+    """
+    case = Case(B=1, T=200, N=2, K=1, H=H, is_causal=True, local_window_size=(100, 0))
+    q, k, v, d_out, d_lse = map(jnp.asarray, case.arrays("bfloat16").values())
+    mask = make_mask(case.T, **case.mask_options())
+    assert hopper_backward._in_16_bits(q, mask)
+    attend = functools.partial(hopper_attention, mask=mask, scale=H**-0.5, interpret=plgpu.InterpretGPUParams())
+    _, back = jax.vjp(attend, q, k, v)
+    # All that these powers of two change is exponents.
+    small, large = (jnp.where(jnp.arange(case.T) % 2, a, b) for a, b in ((2.0**-80, 2.0**-60), (2.0**70, 2.0**-70)))
+    plain = back((d_out, d_lse))[0]
+    for size in (small, large):
+        dq = back(((d_out * size[:, None, None]).astype(d_out.dtype), d_lse * size))[0]
+        np.testing.assert_array_equal(dq.astype(jnp.float32), plain.astype(jnp.float32) * size[:, None, None])
+    dq = back((jnp.zeros_like(d_out), d_lse))[0]
+    want = attention_gradients(q, k, v, jnp.zeros_like(d_out), d_lse, **case.mask_options())
+    assert not errors_beyond(GRADIENT, {"dq": dq}, {"dq": want["dq"]})
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("N", "K", "short"), [(1, 1, 0), (2, 1, 0), (1, 1, 3)])
 def test_a_last_round_cut_in_parts_equals_the_oracle(N, K, short, monkeypatch, multiprocessors):
     """On three multiprocessors four tiles leave one, whose keys, and in the backward queries, are cut in two. Parts weighted
@@ -279,10 +302,11 @@ def test_a_window_beyond_any_length_lowers(monkeypatch, multiprocessors):
     assert lowered_for_cuda(128, "beyond", T=1024).count("custom_call @mosaic_gpu") == 2
 
 
-def test_what_dq_is_added_to_is_made_when_it_is_needed():
+@pytest.mark.parametrize(("name", "sums"), [("causal", "f32"), ("window", "f16")])
+def test_what_dq_is_added_to_is_made_when_it_is_needed(name, sums):
     """Zeros that hang on nothing XLA writes for all layers of a model at once, and keeps."""
-    broadcast = r"broadcast_in_dim %(\d+)#0, dims = \[\] : \(tensor<f32>\) -> tensor<2x1024x8x128xf32>"
-    program = lowered_for_cuda(128, "causal")
+    broadcast = rf"broadcast_in_dim %(\d+)#0, dims = \[\] : \(tensor<{sums}>\) -> tensor<2x1024x8x128x{sums}>"
+    program = lowered_for_cuda(128, name)
     (barrier,) = re.findall(broadcast, program)
     assert f"%{barrier}:2 = stablehlo.optimization_barrier" in program
 

@@ -9,7 +9,7 @@ import pytest
 from tests.oracles import Case, dense_mask
 from ulysses_jax.attention import schedule, walk
 from ulysses_jax.attention.masks import BlockMask, make_mask, tile_ranges
-from ulysses_jax.attention.walk import Walk, key_lists, steps_known
+from ulysses_jax.attention.walk import Walk, key_lists, most_tiles, steps_known
 
 
 def walked(ranges: np.ndarray, tiles: int) -> tuple[np.ndarray, np.ndarray]:
@@ -118,6 +118,25 @@ def test_blocks_exchange_items_whole_and_keep_their_number(name, monkeypatch, mu
     assert (evened != dealt).any()
     evened, dealt = (sorted(map(tuple, items[order.items >= 0][:, :7].tolist())) for items in found)
     assert evened == dealt
+
+
+@pytest.mark.parametrize(
+    ("T", "S", "options"),
+    [
+        (600, 600, {"is_causal": True}),
+        (300, 700, {}),
+        (600, 600, {"is_causal": True, "local_window_size": (128, 300)}),
+        (600, 600, {"is_causal": True, "local_window_size": (129, 0)}),
+        (600, 600, {"local_window_size": (0, 0)}),
+        (600, 500, {"local_window_size": (127, 128)}),
+        (400, 300, {"local_window_size": (2**31, 0)}),
+    ],
+)
+def test_no_query_sees_more_tiles_than_are_said_to_be_most(T, S, options: dict[str, Any]):
+    """One less breaks it: one query at least sees so many, where queries reach so far."""
+    mask = make_mask(T, S, **options)
+    seen = np.pad(dense_mask(T, S, **options)[0], ((0, 0), (0, -S % 128))).reshape(T, -1, 128).any(2)
+    assert seen.sum(1).max() == most_tiles(mask, 128)
 
 
 @pytest.mark.parametrize("step", [64, 128])

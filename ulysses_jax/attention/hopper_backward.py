@@ -35,27 +35,33 @@ from ulysses_jax.attention.mosaic import (
     with_heads_padded,
 )
 from ulysses_jax.attention.schedule import Order, in_order, last_round, parts_of_group
-from ulysses_jax.attention.walk import Tile, Walk, hides_nothing, is_known, key_lists, query_lists
+from ulysses_jax.attention.walk import Tile, Walk, hides_nothing, is_known, key_lists, most_tiles, query_lists
 
 __all__ = ["backward"]
 
 # All of a block's computing threads have written what the tensor cores read next: one barrier for what would take three, one of
 # each warpgroup for the copies before, another for what it wrote, and one in shared memory for both.
 MEET = f"fence.proxy.async.shared::cta; bar.sync 8, {2 * 128};"
+ADDITIONS = 256  # to a row of dQ in float16, at most; 32 raise its error from 2.47e-3 to 2.51e-3, and by its square it grows so
 
 
 def backward(options: KernelOptions, q, k, v, mask: Mask, out, lse, d_out, d_lse) -> tuple[Array, Array, Array]:
     """(dQ, dK, dV) of cotangents of the output and of the log-sum-exp, shaped as in `hopper_attention`."""
     # dS = P ∘ (dP − delta), where delta = Σ_h dO ∘ O; a cotangent of the log-sum-exp enters as −dLSE.
     # Not an einsum: XLA would lay the stack of all layers' outputs out for it, heads outermost, and keep it twice.
-    delta = (d_out.astype(jnp.float32) * out).sum(-1).swapaxes(1, 2) - d_lse
+    exact = d_out.astype(jnp.float32)
+    delta = (exact * out).sum(-1).swapaxes(1, 2) - d_lse
     # In base 2, and +inf where nothing was seen: exp2(x − inf) = 0.
     lse2 = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2E)
     H = q.shape[3]
     q, k, v, d_out = with_heads_padded(q, k, v, d_out.astype(q.dtype))
-    gradients = functools.partial(_by_keys, options, q, k, v, d_out, lse2, delta, mask)
     tilings = HEAD_DIMS[q.shape[-1]]
-    if tilings.fused and not options.deterministic:
+    in_one = tilings.fused and not options.deterministic
+    unit = None
+    if in_one and _in_16_bits(q, mask):
+        unit = H**0.5 * jnp.maximum(jnp.abs(exact).max(-1).swapaxes(1, 2), jnp.abs(d_lse))
+    gradients = functools.partial(_by_keys, options, q, k, v, d_out, (lse2, delta, unit), mask)
+    if in_one:
         dq, dk, dv = gradients({"dq", "dk", "dv"})
     else:
         dq = _queries_kernel(options, q, k, v, d_out, lse2, delta, mask)
@@ -164,6 +170,18 @@ def _queries_kernel(options: KernelOptions, q, k, v, d_out, lse2, delta, mask: M
     return dq[:, :T]
 
 
+def _in_16_bits(q: Array, mask: Mask) -> bool:
+    """Is dQ added up in float16, a row in a unit of its own: scale · √H times the largest of its cotangents, so that it is at
+    most 2 ‖v‖ max |k|, where float16 ends at 65504?
+
+    It goes through memory as zeros, as sums, and to be rounded, which is half of what a step takes longer than its products
+    where few tiles are walked. Where many may be, float32 keeps the sum exact.
+    """
+    thin = mask.window is not None or mask.query_ids is not None or mask.blocks is not None
+    each = 1 if q.shape[3] > 64 else 2  # additions a tile of keys: see `_keys_kernel`
+    return thin and q.dtype == jnp.bfloat16 and each * most_tiles(mask, 2 * WARPGROUP_ROWS) <= ADDITIONS
+
+
 def _queries_a_step(options: KernelOptions, H: int) -> int:
     """Of the kernels by keys; under a soft cap at most 64, as its slope takes as many registers as a product."""
     block = HEAD_DIMS[H].keys.block
@@ -171,29 +189,37 @@ def _queries_a_step(options: KernelOptions, H: int) -> int:
 
 
 def _by_keys(
-    options: KernelOptions, q, k, v, d_out, lse2, delta, mask: Mask, wanted: set[str]
+    options: KernelOptions, q, k, v, d_out, statistics: tuple[Array, Array, Array | None], mask: Mask, wanted: set[str]
 ) -> tuple[Array | None, Array | None, Array | None]:
     """(dQ, dK, dV), those of `wanted`; where all tiles take equally long, the last few are cut along their queries."""
     (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
     rows, block, left, parts = 2 * WARPGROUP_ROWS, _queries_a_step(options, H), 0, 1
     if hides_nothing(mask, T, S) and T % block == 0 and S % rows == 0 and parts_of_group(N // K, S // rows) == 1:
         left, parts = last_round(B * K * (S // rows), S // rows, T // block)
-    found = _keys_kernel(options, q, k, v, d_out, lse2, delta, mask, wanted, left)
+    found = _keys_kernel(options, q, k, v, d_out, statistics, mask, wanted, left)
     if not left:
         return found
     last, heads, length = slice(S - left * rows, S), slice(N - N // K, N), T // parts
     queries = (x[-1, :, heads].reshape(parts, length, -1, H) for x in (q, d_out))
     keys = (jnp.broadcast_to(x[-1:, last, -1:], (parts, left * rows, 1, H)) for x in (k, v))
-    statistics = (x[-1, heads].reshape(-1, parts, length).swapaxes(0, 1) for x in (lse2, delta))
-    (q, d_out), (k, v), (lse2, delta) = queries, keys, statistics
-    dq, *more = _keys_kernel(options, q, k, v, d_out, lse2, delta, make_mask(length, left * rows), wanted)
+    lse2, delta = (x[-1, heads].reshape(-1, parts, length).swapaxes(0, 1) for x in statistics[:2])
+    (q, d_out), (k, v), statistics = queries, keys, (lse2, delta, None)
+    dq, *more = _keys_kernel(options, q, k, v, d_out, statistics, make_mask(length, left * rows), wanted)
     whole = None if dq is None else cast(Array, found[0]).at[-1, :, heads].add(dq.reshape(T, -1, H))
     sums = (None if x is None else x.sum(0, dtype=jnp.float32)[:, 0].astype(x.dtype) for x in more)
     return whole, *(None if x is None else cast(Array, y).at[-1, last, -1].set(x) for x, y in zip(sums, found[1:], strict=True))
 
 
 def _keys_kernel(
-    options: KernelOptions, q, k, v, d_out, lse2, delta, mask: Mask, wanted: set[str], left: int = 0
+    options: KernelOptions,
+    q,
+    k,
+    v,
+    d_out,
+    statistics: tuple[Array, Array, Array | None],
+    mask: Mask,
+    wanted: set[str],
+    left: int = 0,
 ) -> tuple[Array | None, Array | None, Array | None]:
     """(dQ, dK, dV), those of `wanted`, without the last `left` tiles of keys of the last head's share; products are transposed:
     rows are keys, columns queries.
@@ -201,6 +227,8 @@ def _keys_kernel(
     Where dQ is wanted, each warpgroup computes the dS of its own keys. With heads of 128 both meet in shared memory and each
     computes half of dQ's columns from the dS of both; with heads of 64 each computes all columns from its own, which needs no
     meeting and costs twice the additions.
+
+    The statistics of a row are its log-sum-exp in base 2, its delta and, if its dQ is added up in float16, its unit over scale.
     """
     B, T, N, H = q.shape
     S = k.shape[1]
@@ -218,7 +246,11 @@ def _keys_kernel(
     # Keys past S are rows that see nothing: a tile that has some is never taken for full, as exp2(0 − lse2) may be infinite.
     seen = tuple(pad(x, 1, rows) for x in mask.live_queries())
     walk = Walk.of(seen, rows, block, order, K, query_lists(mask, rows, block, N, K))
-    lse2, delta = pad(lse2, 2, block, jnp.inf), pad(delta, 2, block)
+    lse2, delta, unit = statistics
+    rows_of_q = [pad(lse2, 2, block, jnp.inf), pad(delta, 2, block)]
+    if unit is not None:  # a row whose cotangents are all zero is zero
+        rows_of_q.append(pad(jnp.where(unit > jnp.finfo(unit.dtype).tiny, 1.0 / unit, 0.0), 2, block))
+    sums_dtype = jnp.float32 if unit is None else jnp.float16
     want_dq, want_dk, want_dv = ("dq" in wanted), ("dk" in wanted), ("dv" in wanted)
     share = want_dq and H > 64
     columns = H // 2 if share else H  # of dQ, a warpgroup's
@@ -230,11 +262,12 @@ def _keys_kernel(
     # nothing is shared, dK is done before dQ is.
     lag = int(share and stages > 1)
 
-    def kernel(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, items, lists, first, end, *rest):
-        refs, scratch = rest[:-1], rest[-1]
-        outs = dict(zip([name for name in ("dq", "dk", "dv") if name in wanted], refs, strict=True))
-        k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, ds_smem, dq_smem = scratch[:8]
-        kv_here, q_here, do_here, q_free, do_free, met = scratch[8:]
+    def kernel(q_ref, k_ref, v_ref, do_ref, *refs):
+        row_refs, (items, lists, first, end, *out_refs, scratch) = refs[: len(rows_of_q)], refs[len(rows_of_q) :]
+        outs = dict(zip([name for name in ("dq", "dk", "dv") if name in wanted], out_refs, strict=True))
+        k_smem, v_smem, q_smem, do_smem, *row_smem, ds_smem, dq_smem = scratch[:-6]
+        kv_here, q_here, do_here, q_free, do_free, met = scratch[-6:]
+        lse_smem, delta_smem, *factor_smem = row_smem
         warpgroup = lax.axis_index("warpgroup")
         tile = Tile(items.at[lax.axis_index("block"), 0], lists)
         batch, kv_head = tile.batch, tile.head
@@ -329,7 +362,10 @@ def _keys_kernel(
                     if interpret:
                         dk = product(dk, ds, q_smem.at[slot])
                     plgpu.barrier_arrive(do_free.at[slot])
-                    dq_smem.at[warpgroup][...] = dq * options.scale
+                    factor = options.scale
+                    if unit is not None:
+                        factor = lax.broadcast_in_dim(per_row(factor_smem[0].at[slot]), dq.shape, [0])
+                    dq_smem.at[warpgroup][...] = (dq * factor).astype(sums_dtype)
                     plgpu.commit_smem()
                     head, i, _ = tile.visit(n, code, group)  # again: to keep them over the products would spill registers
                     target = (batch, pl.ds(i * block, block), kv_head * group + head)
@@ -388,8 +424,8 @@ def _keys_kernel(
                 slot, at = lax.rem(n, i32(stages)), pl.ds(i * block, block)
                 pl.when(n >= stages)(lambda: plgpu.barrier_wait(q_free.at[lax.rem(n + lag, i32(stages))]))
                 plgpu.copy_gmem_to_smem(q_ref.at[batch, at, head], q_smem.at[slot], q_here.at[slot])
-                plgpu.copy_gmem_to_smem(lse_ref.at[batch, head, at], lse_smem.at[slot], q_here.at[slot])
-                plgpu.copy_gmem_to_smem(delta_ref.at[batch, head, at], delta_smem.at[slot], q_here.at[slot])
+                for ref, smem in zip(row_refs, row_smem, strict=True):
+                    plgpu.copy_gmem_to_smem(ref.at[batch, head, at], smem.at[slot], q_here.at[slot])
                 pl.when(n >= stages)(lambda: plgpu.barrier_wait(do_free.at[slot]))
                 plgpu.copy_gmem_to_smem(do_ref.at[batch, at, head], do_smem.at[slot], do_here.at[slot])
                 if lag:  # the first to be let go was never filled
@@ -401,12 +437,12 @@ def _keys_kernel(
 
     padded = pl.cdiv(T, block) * block
     outs = {name: jax.ShapeDtypeStruct((B, tiles * rows, K, H), k.dtype) for name in ("dk", "dv") if name in wanted}
-    inputs, dq = (q, k, v, d_out, lse2, delta, *walk), None
+    inputs, dq = (q, k, v, d_out, *rows_of_q, *walk), None
     if want_dq and interpret:
-        outs = {"dq": jax.ShapeDtypeStruct((tiles, 1 if share else 2, B, padded, N, H), jnp.float32), **outs}
+        outs = {"dq": jax.ShapeDtypeStruct((tiles, 1 if share else 2, B, padded, N, H), sums_dtype), **outs}
     elif want_dq:
         # Zeros that hang on delta: XLA would write those of all layers in one go, and keep them.
-        zero, _ = lax.optimization_barrier((jnp.float32(0), delta))
+        zero, _ = lax.optimization_barrier((jnp.zeros((), sums_dtype), delta))
         dq = jax.new_ref(jnp.full((B, padded, N, H), zero))  # Pallas takes no ref typed as varying
         inputs = (*inputs, dq)
     results = launch(
@@ -419,11 +455,11 @@ def _keys_kernel(
             swizzled((parts_of_k, rows, columns), q.dtype),
             swizzled((rows, H), q.dtype),
             *(swizzled((stages, block, H), q.dtype),) * 2,
-            *(plgpu.SMEM((stages, block), jnp.float32),) * 2,
+            *(plgpu.SMEM((stages, block), jnp.float32),) * len(rows_of_q),
             swizzled((ds_slots, rows, block) if want_dq else (1, 8, 64), q.dtype),
-            swizzled((2, block, columns) if want_dq else (1, 8, 32), jnp.float32),
+            swizzled((2, block, columns) if want_dq else (1, 8, 64), sums_dtype),
             plgpu.Barrier(num_arrivals=parts_of_k + 1),
-            plgpu.Barrier(num_barriers=stages, num_arrivals=3),
+            plgpu.Barrier(num_barriers=stages, num_arrivals=1 + len(rows_of_q)),
             plgpu.Barrier(num_barriers=stages),
             *(plgpu.Barrier(num_barriers=stages, num_arrivals=2),) * 2,
             plgpu.Barrier(num_arrivals=2),
@@ -432,8 +468,9 @@ def _keys_kernel(
     found = dict(zip(outs, results, strict=True))
     if want_dq:
         # Tiles of keys that a query tile never meets leave their copies unwritten.
-        dq = jnp.nansum(found["dq"], axis=(0, 1)) if interpret else jax.freeze(dq)
-        dq = dq[:, :T].astype(q.dtype)
+        dq = jnp.nansum(found["dq"], axis=(0, 1), dtype=jnp.float32) if interpret else jax.freeze(dq)
+        dq = dq[:, :T] if unit is None else dq[:, :T] * (options.scale * unit).swapaxes(1, 2)[..., None]
+        dq = dq.astype(q.dtype)
 
     def whole(x):
         return x.reshape(B, -1, K // parts, parts, H).sum(3, dtype=jnp.float32).astype(x.dtype) if parts > 1 else x

@@ -27,6 +27,7 @@ __all__ = [
     "is_known",
     "items_of_parts",
     "key_lists",
+    "most_tiles",
     "order_of_queries",
     "query_lists",
     "steps_known",
@@ -185,6 +186,15 @@ def steps_known(mask: Mask, tile: int, step: int, lists) -> tuple[int, ...] | No
     last = np.minimum(start + tile, mask.query_length) - 1 + (0 if mask.is_causal else right)
     steps = np.minimum(last, mask.key_length - 1) // step - np.maximum(start - left, 0) // step + 1
     return tuple(np.maximum(steps, 1).tolist())
+
+
+def most_tiles(mask: Mask, step: int) -> int:
+    """The most tiles of `step` keys of which a query can see some."""
+    tiles = -(-mask.key_length // step)
+    if mask.window is None:
+        return tiles
+    left, right = mask.window
+    return min(tiles, 1 + -(-(left + (0 if mask.is_causal else right)) // step))
 
 
 def hides_nothing(mask: Mask, T: int, S: int) -> bool:
