@@ -202,6 +202,22 @@ def test_blocks_that_work_off_several_tiles_equal_the_oracle(two_multiprocessors
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("keys", [[0, 1, 2], [2, 0, 1]], ids=["in_order", "in_another"])
+def test_documents_that_end_within_a_tile_equal_the_oracle(two_multiprocessors, keys):
+    """A warpgroup whose queries see nothing of the tiles left over lets them go: one too many breaks the output, one not let go
+    of stands still.
+    """
+    lengths = np.array([300, 270, 230])  # they end at rows 44 and 58 of a tile, whose second half is all of the next
+    case = Case(B=1, T=800, N=2, H=64)
+    ids = tuple(np.repeat(order, lengths[order])[None] for order in ([0, 1, 2], keys))
+    q, k, v, *_ = map(jnp.asarray, case.arrays("bfloat16").values())
+    mask = make_mask(case.T, segment_ids=tuple(map(jnp.asarray, ids)))
+    interpret = plgpu.InterpretGPUParams(detect_races=True)
+    out, lse = hopper_attention(q, k, v, mask, scale=0.125, interpret=interpret)
+    assert_is(attention(q, k, v, segment_ids=ids, scale=0.125), out, lse)
+
+
+@pytest.mark.slow
 def test_clusters_leave_what_is_cut_for_all(monkeypatch, multiprocessors):
     """On four multiprocessors, two clusters, nine pairs of tiles leave one. Its two tiles taken for pairs break it."""
     multiprocessors(4)

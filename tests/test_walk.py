@@ -120,6 +120,30 @@ def test_blocks_exchange_items_whole_and_keep_their_number(name, monkeypatch, mu
     assert evened == dealt
 
 
+@pytest.mark.parametrize("keys", [[0, 1, 2, 3, 4], [4, 2, 0, 3, 1]], ids=["in_order", "in_another"])
+def test_halves_of_a_tile_are_told_which_begins_to_see_later(keys):
+    """Of documents that end within a tile, whose last rows see nothing of what its first do, or the other way round."""
+    lengths, T = np.array([168, 150, 122, 100, 100]), 640
+    ids = tuple(np.repeat(order, lengths[order])[None] for order in ([0, 1, 2, 3, 4], keys))
+    mask = make_mask(T, segment_ids=tuple(map(jnp.asarray, ids)))
+    order = schedule.Order(np.arange(5).reshape(-1, 1), known=True)
+    items = np.asarray(Walk.of(mask.live_keys(), 128, 64, order, 1, halves=True).items)[:, 0]
+    seen = dense_mask(T, T, segment_ids=ids)[0].reshape(10, 64, 10, 64).any((1, 3))
+    first = seen.argmax(1).reshape(5, 2)
+    np.testing.assert_array_equal(items[:, 8], first[:, 1] - first[:, 0])
+    assert items[:, 8].any()
+    np.testing.assert_array_equal(items[:, 9:], 0)
+
+
+def test_a_half_that_sees_nothing_begins_with_the_other():
+    """Rows past the end, which would begin at the first tile."""
+    mask = make_mask(192, segment_ids=jnp.repeat(jnp.arange(2), 96)[None])
+    order = schedule.Order(np.arange(2).reshape(-1, 1), known=True)
+    items = np.asarray(Walk.of(mask.live_keys(), 128, 64, order, 1, halves=True).items)[:, 0]
+    np.testing.assert_array_equal(items[:, 3], [0, 1])
+    np.testing.assert_array_equal(items[:, 8], [0, 0])
+
+
 @pytest.mark.parametrize(
     ("T", "S", "options"),
     [

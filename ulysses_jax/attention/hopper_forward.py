@@ -35,7 +35,7 @@ from ulysses_jax.attention.mosaic import (
     swizzled,
     with_heads_padded,
 )
-from ulysses_jax.attention.schedule import Order, in_order, last_round
+from ulysses_jax.attention.schedule import PARTS_OF_DOCUMENTS, Order, in_order, last_round
 from ulysses_jax.attention.walk import (
     Tile,
     Walk,
@@ -101,13 +101,16 @@ def _forward_tiles(
     key_bytes = 2 * k.nbytes // (B * N)
     cluster = 2 if tilings.persistent and not parts and in_clusters(mask, B * N, T, rows) else 1
     weights = steps_known(mask, cluster * rows, block, lists) if tilings.persistent else None
+    if tilings.persistent and weights is None and lists is None:
+        key_bytes //= PARTS_OF_DOCUMENTS
     if parts:
         order = Order(np.arange(parts * left).reshape(-1, 1), known=True)
     elif tilings.persistent:
         order = order_of_queries(weights, B * N, tiles // cluster, key_bytes, left // cluster, cluster)
     else:
         order = Order(in_order(B * N, tiles, key_bytes, heaviest_last=True).reshape(-1, 1), is_known(mask))
-    walk = Walk.of(mask.live_keys(), cluster * rows, block, order, N, lists)
+    halves = mask.query_ids is not None and lists is None
+    walk = Walk.of(mask.live_keys(), cluster * rows, block, order, N, lists, halves)
     if parts:  # a part stands where a batch index would
         walk = walk._replace(items=jnp.asarray(items_of_parts(left, parts, tiles - left, S // block // parts)))
     out_at = (tiles - left) * rows if parts else 0
@@ -155,17 +158,30 @@ def _forward_tiles(
             own_end = jnp.clip(lax.div(base + rows + block - 1, i32(block)), first + 1, end)
             return jnp.maximum(own_end - first, masked_steps), end - own_end  # at least so many, as in `steps_of`
 
+        def let_go(step):
+            """The keys and values of a step that this warpgroup does not take."""
+            slot = lax.rem(step, i32(stages))
+            for here, free in ((k_here, k_free), (v_here, v_free)):
+                plgpu.barrier_wait(here.at[slot])
+                plgpu.barrier_arrive(free.at[slot])
+
         def pass_by(passed, done):
-            """Let go of the keys and values of so many steps, 0 or 1."""
-            slot = lax.rem(done, i32(stages))
-
-            def let_go():
-                for here, free in ((k_here, k_free), (v_here, v_free)):
-                    plgpu.barrier_wait(here.at[slot])
-                    plgpu.barrier_arrive(free.at[slot])
-
-            pl.when(passed > 0)(let_go)
+            """Let go of so many steps, 0 or 1, before an item begins."""
+            pl.when(passed > 0)(lambda: let_go(done))
             return done + passed
+
+        def own_end(tile: Tile, steps):
+            """Where the steps of this warpgroup end: at those tiles of which only the other one's queries still see some."""
+            if not halves:
+                return steps
+            return steps - jnp.clip(jnp.where(warpgroup == 1, tile.skew, -tile.skew), 0, steps - 1)
+
+        def pass_turn(i, done):
+            """Let go of step i, and of a turn, as the other warpgroup takes one."""
+            let_go(done + i)
+            turn_is(TAKE_TURN)
+            turn_is(GIVE_TURN)
+            return done
 
         def heads_of(tile: Tile):
             """(batch index, head) of the queries."""
@@ -303,9 +319,10 @@ def _forward_tiles(
             carry = acc, p, top, total, tile.peek(1)
             for i in range(1, 1 if partial_loop else masked_steps):
                 carry = step(jnp.minimum(steps, i), carry, hide=True)
-            acc, p, top, total, _ = lax.fori_loop(i32(1 if partial_loop else masked_steps), steps, step, carry)
+            own = own_end(tile, steps)
+            acc, p, top, total, _ = lax.fori_loop(i32(1 if partial_loop else masked_steps), own, step, carry)
 
-            before = lax.rem(done + steps - 1, i32(stages))
+            before = lax.rem(done + own - 1, i32(stages))
             # Read before the last product, as it is far away.
             spoilt = 0.0 if mask.contiguous is None else broken_ref[tile.batch if broken_ref.shape[0] > 1 else 0]
             following = ()
@@ -321,7 +338,7 @@ def _forward_tiles(
                 acc = added(acc, p, v_smem.at[before], options.interpret)
                 plgpu.barrier_arrive(v_free.at[before])
             finish(tile, mine, acc, top, total, spoilt)
-            done += steps
+            done = (lax.fori_loop(own, steps, pass_turn, done) if halves else done) + steps
             return (done, *following) if beside else done
 
         def finish(tile, mine, acc, top, total, spoilt):
@@ -362,7 +379,7 @@ def _forward_tiles(
                 for half in range(2):
                     source = (batch, pl.ds(base_of(tile) + half * WARPGROUP_ROWS, WARPGROUP_ROWS), head)
                     plgpu.copy_gmem_to_smem(q_ref.at[source], q_smem.at[q_slot, half], q_here.at[q_slot])
-                plgpu.copy_gmem_to_smem(item, item_smem.at[q_slot, pl.ds(0, 8)], q_here.at[q_slot])
+                plgpu.copy_gmem_to_smem(item, item_smem.at[q_slot, pl.ds(0, items.shape[2])], q_here.at[q_slot])
                 for ref, smem in ((first, first_smem), (end, end_smem)):
                     source = rows_at(ref, tile.batch, base_of(tile), rows)
                     plgpu.copy_gmem_to_smem(source, smem.at[q_slot], q_here.at[q_slot])

@@ -14,12 +14,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-__all__ = ["Order", "busy", "dealt", "evened", "in_order", "last_round", "multiprocessors", "parts_of_group", "spread"]
+__all__ = [
+    "PARTS_OF_DOCUMENTS",
+    "Order",
+    "busy",
+    "dealt",
+    "evened",
+    "in_order",
+    "last_round",
+    "multiprocessors",
+    "parts_of_group",
+    "spread",
+]
 
 WORTH = 40  # steps of 1.7 µs
 RISES = (0.0, 0.7, 1.5, 3.0, 8.0)  # powers: how many items, and how heavy tiles may grow towards a head's heaviest
 SHARED_L2 = 8 << 20  # bytes that the heads walked at one time may read over and over: fastest of 4 to 32 MB, of an H100's 50
-SHARED_BY_DOCUMENTS = 4 * SHARED_L2  # of which a tile reads a part
+PARTS_OF_DOCUMENTS = 4  # of a head's keys a tile reads about one; with blocks it reads anywhere
 EVENED = 256  # items of a block: with more what is dealt is even, and an exchange looks at the square of them
 
 
@@ -108,7 +119,7 @@ def spread(heads: int, tiles: int, bytes_a_head: int) -> Order:
     rises /= rises.sum(1, keepdims=True)
     shares = [[] for _ in range(multiprocessors())]
     had = np.zeros((multiprocessors(), len(RISES)))
-    for item in in_order(heads, tiles, bytes_a_head * SHARED_L2 // SHARED_BY_DOCUMENTS, heaviest_last=True).ravel().tolist():
+    for item in in_order(heads, tiles, bytes_a_head, heaviest_last=True).ravel().tolist():
         more = rises[:, item % tiles]
         block = int((had @ more).argmin())
         had[block] += more

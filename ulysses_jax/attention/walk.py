@@ -44,6 +44,8 @@ class Walk(NamedTuple):
     tiles; where the last tiles are cut (`last_round`), the part stands for the batch index. Step i visits tile i, and the two
     more are the first and end of those tiles that hide nothing; or, with a block mask, a row of `lists`, whose entry i is
     (2 · tile + whether it hides nothing) · heads + head, of `heads` that walk one list, and the first entry of that row.
+    Told with `halves` an item has a ninth, by how many tiles the second half of its rows begins to see later than the first,
+    and three zeros, as TMA reads 16 bytes at a time.
     """
 
     items: Array
@@ -52,10 +54,13 @@ class Walk(NamedTuple):
     end: Array
 
     @classmethod
-    def of(cls, rows: tuple[Array, Array], tile: int, step: int, order: Order, heads: int, lists=None) -> "Walk":
+    def of(
+        cls, rows: tuple[Array, Array], tile: int, step: int, order: Order, heads: int, lists=None, halves: bool = False
+    ) -> "Walk":
         """The walk of tiles of `tile` rows, each of which sees (first, end) [B or 1, rows], by steps of `step`, in this order.
 
-        `lists`: codes [1 or heads, 1 or B, tiles, width], and how many count [1 or heads, 1 or B, tiles].
+        `lists`: codes [1 or heads, 1 or B, tiles, width], and how many count [1 or heads, 1 or B, tiles]. `halves`: tell, of a
+        tile's two halves, which one begins to see later.
         """
         first, end = (pad(x.astype(i32), 1, tile) for x in rows)
         tiles = -(-rows[0].shape[1] // tile)
@@ -72,13 +77,18 @@ class Walk(NamedTuple):
             codes = codes.reshape(-1, codes.shape[3])
         if not order.known:  # the n-th of a head's tiles is the n-th lightest
             index = pick(jnp.argsort(ranges[..., 1] - ranges[..., 0], axis=-1))
-        told = (jnp.asarray(x, i32)[..., None] for x in (batch, head, index))
-        told = jnp.concatenate([*told, pick(ranges)], axis=2)
+        told = [jnp.asarray(x, i32)[..., None] for x in (batch, head, index)] + [pick(ranges)]
+        if halves:
+            half = tile_ranges(first, end, tile // 2, step)[..., :2].reshape(-1, tiles, 2, 2)
+            begins = jnp.where(half[..., 1] > half[..., 0], half[..., 0], ranges[0, :, :, :1])
+            told.append(pick((begins[..., 1:] - begins[..., :1])[None]))
+        told = jnp.concatenate(told, axis=2)
         if not order.known and 1 < taken.shape[1] <= schedule.EVENED:
             steps = jnp.maximum(told[..., 4] - told[..., 3], 0)
             told = told.reshape(-1, told.shape[2])[evened(jnp.where(order.items >= 0, steps, -1))]
         items = jnp.asarray(np.broadcast_to(items, taken.shape)[..., None], i32)
-        return cls(jnp.concatenate([told, items], axis=2), codes, first, end)
+        told = jnp.concatenate([told[..., :7], items, told[..., 7:]], axis=2)
+        return cls(jnp.pad(told, ((0, 0), (0, 0), (0, -told.shape[2] % 4))), codes, first, end)
 
 
 class Tile:
@@ -90,6 +100,12 @@ class Tile:
             jnp.maximum(item[i], 0) for i in range(7)
         )
         self.lists = lists if lists.shape[1] > 1 else None
+        self._item = item
+
+    @property
+    def skew(self):
+        """By how many tiles the second half of the rows begins to see later than the first, told with `halves`."""
+        return self._item[8]
 
     def peek(self, i):
         """The listed code of step i: to be read a step ahead, as the memory is far away; 0 without lists."""
