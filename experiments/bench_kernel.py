@@ -327,7 +327,7 @@ def accuracy() -> Iterator[list[dict]]:
             pool.submit(_errors, name, {"T": 1033, "N": 4, "H": 128, **sizes}, mask, options)
             for name, (sizes, mask, options) in cases.items()
         ]
-        for case in found:
+        for case in concurrent.futures.as_completed(found):
             rows += case.result()
             yield rows
 

@@ -124,8 +124,8 @@ def test_blocks_exchange_items_whole_and_keep_their_number(name, monkeypatch, mu
 def test_halves_of_a_tile_are_told_which_begins_to_see_later(keys):
     """Of documents that end within a tile, whose last rows see nothing of what its first do, or the other way round."""
     lengths, T = np.array([168, 150, 122, 100, 100]), 640
-    ids = tuple(np.repeat(order, lengths[order])[None] for order in ([0, 1, 2, 3, 4], keys))
-    mask = make_mask(T, segment_ids=tuple(map(jnp.asarray, ids)))
+    ids = np.repeat(np.arange(5), lengths)[None], np.repeat(keys, lengths[keys])[None]
+    mask = make_mask(T, segment_ids=ids)
     order = schedule.Order(np.arange(5).reshape(-1, 1), known=True)
     items = np.asarray(Walk.of(mask.live_keys(), 128, 64, order, 1, halves=True).items)[:, 0]
     seen = dense_mask(T, T, segment_ids=ids)[0].reshape(10, 64, 10, 64).any((1, 3))

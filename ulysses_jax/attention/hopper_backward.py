@@ -457,7 +457,7 @@ def _keys_kernel(
             *(swizzled((stages, block, H), q.dtype),) * 2,
             *(plgpu.SMEM((stages, block), jnp.float32),) * len(rows_of_q),
             swizzled((ds_slots, rows, block) if want_dq else (1, 8, 64), q.dtype),
-            swizzled((2, block, columns) if want_dq else (1, 8, 64), sums_dtype),
+            swizzled((2, block, columns) if want_dq else (1, 8, 32), sums_dtype),
             plgpu.Barrier(num_arrivals=parts_of_k + 1),
             plgpu.Barrier(num_barriers=stages, num_arrivals=1 + len(rows_of_q)),
             plgpu.Barrier(num_barriers=stages),

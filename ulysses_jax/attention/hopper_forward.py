@@ -109,7 +109,7 @@ def _forward_tiles(
         order = order_of_queries(weights, B * N, tiles // cluster, key_bytes, left // cluster, cluster)
     else:
         order = Order(in_order(B * N, tiles, key_bytes, heaviest_last=True).reshape(-1, 1), is_known(mask))
-    halves = mask.query_ids is not None and lists is None
+    halves = tilings.persistent and mask.query_ids is not None and lists is None
     walk = Walk.of(mask.live_keys(), cluster * rows, block, order, N, lists, halves)
     if parts:  # a part stands where a batch index would
         walk = walk._replace(items=jnp.asarray(items_of_parts(left, parts, tiles - left, S // block // parts)))
