@@ -211,7 +211,7 @@ def test_documents_that_end_within_a_tile_equal_the_oracle(two_multiprocessors, 
     case = Case(B=1, T=800, N=2, H=64)
     ids = np.repeat(np.arange(3), lengths)[None], np.repeat(keys, lengths[keys])[None]
     q, k, v, *_ = map(jnp.asarray, case.arrays("bfloat16").values())
-    mask = make_mask(case.T, segment_ids=ids)
+    mask = make_mask(case.T, segment_ids=(jnp.asarray(ids[0]), jnp.asarray(ids[1])))
     interpret = plgpu.InterpretGPUParams(detect_races=True)
     out, lse = hopper_attention(q, k, v, mask, scale=0.125, interpret=interpret)
     assert_is(attention(q, k, v, segment_ids=ids, scale=0.125), out, lse)

@@ -125,7 +125,7 @@ def test_halves_of_a_tile_are_told_which_begins_to_see_later(keys):
     """Of documents that end within a tile, whose last rows see nothing of what its first do, or the other way round."""
     lengths, T = np.array([168, 150, 122, 100, 100]), 640
     ids = np.repeat(np.arange(5), lengths)[None], np.repeat(keys, lengths[keys])[None]
-    mask = make_mask(T, segment_ids=ids)
+    mask = make_mask(T, segment_ids=(jnp.asarray(ids[0]), jnp.asarray(ids[1])))
     order = schedule.Order(np.arange(5).reshape(-1, 1), known=True)
     items = np.asarray(Walk.of(mask.live_keys(), 128, 64, order, 1, halves=True).items)[:, 0]
     seen = dense_mask(T, T, segment_ids=ids)[0].reshape(10, 64, 10, 64).any((1, 3))
