@@ -300,8 +300,8 @@ def accuracy() -> Iterator[list[dict]]:
     cases["deterministic"] = {"K": 2}, causal, {"deterministic": True}
     cases["documents"] = {"K": 2}, {**causal, "segment_ids": ids}, {}
     cases["documents, window"] = {"K": 2}, {**causal, "segment_ids": ids, "local_window_size": (90, 0)}, {}
-    # 128 tiles of keys add to the last rows of dQ.
-    cases["one document T=16384"] = {"T": 16384, "N": 1}, {**causal, "segment_ids": np.zeros((1, 16384), np.int32)}, {}
+    # 128 tiles of keys add to each row of dQ.
+    cases["one document T=16384, full"] = {"T": 16384, "N": 1}, {"segment_ids": np.zeros((1, 16384), np.int32)}, {}
     cases["blocks a head"] = {"K": 2}, {**causal, "block_mask": blocks}, {}
     cases["blocks, deterministic"] = {}, {"block_mask": blocks}, {"deterministic": True}
     cases["soft cap H=64"] = {"H": 64, "K": 2}, causal, {"logits_soft_cap": 3.0}

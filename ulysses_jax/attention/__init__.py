@@ -104,7 +104,8 @@ def dot_product_attention(
       implementation: "xla" (any device, memory linear in T), "pallas" (our kernel for Hopper GPUs; elsewhere the best there
         is), "cudnn" (NVIDIA from sm80 on, 16-bit), "splash" (jax's kernel for TPUs, tested in its interpreter alone),
         "reference" (the float32 oracle), or None to choose by the hardware.
-      deterministic: the backward gives the same bits every time.
+      deterministic: the backward gives the same bits every time. Otherwise the kernel for Hopper adds up dQ in any order; of
+        bfloat16 under windows, documents and blocks in float16, if a row is added to about 128 times at most.
       return_residual: also return the log-sum-exp of the logits, the sink's among them, [B, N, T], natural log, float32,
         differentiable.
 

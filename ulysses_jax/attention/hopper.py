@@ -12,9 +12,9 @@ between each row hides what lies outside its own range [first, end).
               neighbouring tiles together: each fetches half of them, for both.
     backward  a block owns 2 × 64 keys of one KV head and walks the query tiles of the heads that read it, all or, where tiles
               are few, a part of them, whose shares are added up afterwards. S and dP are computed transposed, dK and dV stay
-              in registers, and dQ is added up by TMA, in float32 or, where masks leave few tiles, float16: five products a
-              tile. The order of those additions varies; `deterministic` computes dQ in a pass of its own instead (seven
-              products), as do heads of 256, whose accumulators do not fit.
+              in registers, and dQ is added up by TMA: five products a tile. Its sums are in float32 or, for bfloat16 under
+              windows, documents and blocks, in float16. The order of those additions varies; `deterministic` computes dQ in
+              a pass of its own instead (seven products), as do heads of 256, whose accumulators do not fit.
 
 Overlap of the two products and the softmax follows FlashAttention-3 (arXiv 2407.08608), the backward's shape FlashAttention-2
 (arXiv 2307.08691). Indices are int32 throughout, so that the kernels trace the same under jax_enable_x64. The kernels are in

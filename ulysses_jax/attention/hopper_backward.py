@@ -42,24 +42,23 @@ __all__ = ["backward"]
 # All of a block's computing threads have written what the tensor cores read next: one barrier for what would take three, one of
 # each warpgroup for the copies before, another for what it wrote, and one in shared memory for both.
 MEET = f"fence.proxy.async.shared::cta; bar.sync 8, {2 * 128};"
-ADDITIONS = 256  # to a row of dQ in float16, at most; 32 raise its error from 2.47e-3 to 2.51e-3, and by its square it grows so
+ADDITIONS = 128  # to a row of dQ in float16: they raise its error from 2.5e-3, of what else is bfloat16, to 3.1e-3 (simulated)
+SAMPLE = 64  # tokens, or up to twice as many, that show how large a head's keys and values are
 
 
 def backward(options: KernelOptions, q, k, v, mask: Mask, out, lse, d_out, d_lse) -> tuple[Array, Array, Array]:
     """(dQ, dK, dV) of cotangents of the output and of the log-sum-exp, shaped as in `hopper_attention`."""
     # dS = P ∘ (dP − delta), where delta = Σ_h dO ∘ O; a cotangent of the log-sum-exp enters as −dLSE.
     # Not an einsum: XLA would lay the stack of all layers' outputs out for it, heads outermost, and keep it twice.
-    exact = d_out.astype(jnp.float32)
-    delta = (exact * out).sum(-1).swapaxes(1, 2) - d_lse
+    wide = d_out.astype(jnp.float32)
+    delta = (wide * out).sum(-1).swapaxes(1, 2) - d_lse
     # In base 2, and +inf where nothing was seen: exp2(x − inf) = 0.
     lse2 = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2E)
     H = q.shape[3]
     q, k, v, d_out = with_heads_padded(q, k, v, d_out.astype(q.dtype))
     tilings = HEAD_DIMS[q.shape[-1]]
     in_one = tilings.fused and not options.deterministic
-    unit = None
-    if in_one and _in_16_bits(q, mask):
-        unit = H**0.5 * jnp.maximum(jnp.abs(exact).max(-1).swapaxes(1, 2), jnp.abs(d_lse))
+    unit = _unit(wide, delta, k[..., :H], v[..., :H]) * options.scale if in_one and _in_16_bits(q, mask) else None
     gradients = functools.partial(_by_keys, options, q, k, v, d_out, (lse2, delta, unit), mask)
     if in_one:
         dq, dk, dv = gradients({"dq", "dk", "dv"})
@@ -171,15 +170,33 @@ def _queries_kernel(options: KernelOptions, q, k, v, d_out, lse2, delta, mask: M
 
 
 def _in_16_bits(q: Array, mask: Mask) -> bool:
-    """Is dQ added up in float16, a row in a unit of its own: scale · √H times the largest of its cotangents, so that it is at
-    most 2 ‖v‖ max |k|, where float16 ends at 65504?
+    """Is dQ added up in float16, each row in its `_unit`?
 
     It goes through memory as zeros, as sums, and to be rounded, which is half of what a step takes longer than its products
     where few tiles are walked. Where many may be, float32 keeps the sum exact.
     """
-    thin = mask.window is not None or mask.query_ids is not None or mask.blocks is not None
     each = 1 if q.shape[3] > 64 else 2  # additions a tile of keys: see `_keys_kernel`
-    return thin and q.dtype == jnp.bfloat16 and each * most_tiles(mask, 2 * WARPGROUP_ROWS) <= ADDITIONS
+    additions = each * most_tiles(mask, 2 * WARPGROUP_ROWS)
+    if mask.query_ids is not None or mask.blocks is not None:
+        additions //= 2  # how many these leave is not known; hardly all
+    elif mask.window is None:
+        return False
+    return q.dtype == jnp.bfloat16 and additions <= ADDITIONS
+
+
+def _unit(d_out, delta, k, v) -> Array:
+    """What float16 counts each row of dQ / scale in, [B, N, T]: 8 (√H max |dO| · rms(v) + |delta|) · rms(k).
+
+    Then sums are finite in any case but the wildest, as |dP − delta| ≤ ‖dO‖ ‖v‖ + |delta| and P adds up to 1 at most: they are
+    below max(1, ‖v‖ / rms(v)) · max |k| / rms(k) / 8, of 65504. And of n keys alike they are about 0.05 / √n, where bits are
+    lost below 6e-5. The root mean squares are of a head's, over some of its tokens.
+    """
+    (S, K, H), N = k.shape[1:], d_out.shape[2]
+    some = jnp.stack([x[:, :: max(1, S // SAMPLE)] for x in (k, v)]).astype(jnp.float32)
+    rms = jnp.sqrt((some * some).mean((2, 4)))
+    of_k, of_v = jnp.repeat(jnp.where(rms > 0, rms, 1.0), N // K, axis=2)[..., None]
+    largest = jnp.abs(d_out).max(-1).swapaxes(1, 2)
+    return 8 * (H**0.5 * largest * of_v + jnp.abs(delta)) * of_k
 
 
 def _queries_a_step(options: KernelOptions, H: int) -> int:
@@ -228,7 +245,7 @@ def _keys_kernel(
     computes half of dQ's columns from the dS of both; with heads of 64 each computes all columns from its own, which needs no
     meeting and costs twice the additions.
 
-    The statistics of a row are its log-sum-exp in base 2, its delta and, if its dQ is added up in float16, its unit over scale.
+    The statistics of a row are its log-sum-exp in base 2, its delta and, if its dQ is added up in float16, its unit.
     """
     B, T, N, H = q.shape
     S = k.shape[1]
@@ -239,18 +256,19 @@ def _keys_kernel(
     parts = parts_of_group(N // k.shape[2], tiles)  # a KV head counts for so many
     K = k.shape[2] * parts
     group = N // K
+    lse2, delta, unit = statistics
+    sums_dtype = jnp.float32 if unit is None else jnp.float16
     known = is_known(mask)  # then, if causal, the first tile is the heaviest
-    # A head's queries and cotangents in 16 bits, and dQ in 32, are what all its tiles of keys share.
-    order = in_order(B * K, tiles, 4 * q.nbytes // (B * K), heaviest_last=not known).reshape(-1, 1)
+    # A head's queries, cotangents and dQ are what all its tiles of keys share.
+    shared = q.size * (2 * q.dtype.itemsize + jnp.dtype(sums_dtype).itemsize)
+    order = in_order(B * K, tiles, shared // (B * K), heaviest_last=not known).reshape(-1, 1)
     order = Order(order[order[:, 0] < B * K * tiles - left], known)
     # Keys past S are rows that see nothing: a tile that has some is never taken for full, as exp2(0 − lse2) may be infinite.
     seen = tuple(pad(x, 1, rows) for x in mask.live_queries())
     walk = Walk.of(seen, rows, block, order, K, query_lists(mask, rows, block, N, K))
-    lse2, delta, unit = statistics
     rows_of_q = [pad(lse2, 2, block, jnp.inf), pad(delta, 2, block)]
-    if unit is not None:  # a row whose cotangents are all zero is zero
-        rows_of_q.append(pad(jnp.where(unit > jnp.finfo(unit.dtype).tiny, 1.0 / unit, 0.0), 2, block))
-    sums_dtype = jnp.float32 if unit is None else jnp.float16
+    if unit is not None:  # a row without one, whose cotangents are zero or next to it, is zero
+        rows_of_q.append(pad(jnp.where(unit > jnp.finfo(unit.dtype).tiny, options.scale / unit, 0.0), 2, block))
     want_dq, want_dk, want_dv = ("dq" in wanted), ("dk" in wanted), ("dv" in wanted)
     share = want_dq and H > 64
     columns = H // 2 if share else H  # of dQ, a warpgroup's
@@ -469,7 +487,7 @@ def _keys_kernel(
     if want_dq:
         # Tiles of keys that a query tile never meets leave their copies unwritten.
         dq = jnp.nansum(found["dq"], axis=(0, 1), dtype=jnp.float32) if interpret else jax.freeze(dq)
-        dq = dq[:, :T] if unit is None else dq[:, :T] * (options.scale * unit).swapaxes(1, 2)[..., None]
+        dq = dq[:, :T] if unit is None else dq[:, :T] * unit.swapaxes(1, 2)[..., None]
         dq = dq.astype(q.dtype)
 
     def whole(x):

@@ -35,7 +35,7 @@ from ulysses_jax.attention.mosaic import (
     swizzled,
     with_heads_padded,
 )
-from ulysses_jax.attention.schedule import PARTS_OF_DOCUMENTS, Order, in_order, last_round
+from ulysses_jax.attention.schedule import Order, in_order, last_round
 from ulysses_jax.attention.walk import (
     Tile,
     Walk,
@@ -101,12 +101,10 @@ def _forward_tiles(
     key_bytes = 2 * k.nbytes // (B * N)
     cluster = 2 if tilings.persistent and not parts and in_clusters(mask, B * N, T, rows) else 1
     weights = steps_known(mask, cluster * rows, block, lists) if tilings.persistent else None
-    if tilings.persistent and weights is None and lists is None:
-        key_bytes //= PARTS_OF_DOCUMENTS
     if parts:
         order = Order(np.arange(parts * left).reshape(-1, 1), known=True)
     elif tilings.persistent:
-        order = order_of_queries(weights, B * N, tiles // cluster, key_bytes, left // cluster, cluster)
+        order = order_of_queries(weights, B * N, tiles // cluster, key_bytes, left // cluster, cluster, lists is not None)
     else:
         order = Order(in_order(B * N, tiles, key_bytes, heaviest_last=True).reshape(-1, 1), is_known(mask))
     halves = tilings.persistent and mask.query_ids is not None and lists is None
@@ -170,18 +168,17 @@ def _forward_tiles(
             pl.when(passed > 0)(lambda: let_go(done))
             return done + passed
 
-        def own_end(tile: Tile, steps):
-            """Where the steps of this warpgroup end: at those tiles of which only the other one's queries still see some."""
+        def steps_taken(tile: Tile, steps):
+            """How many steps this warpgroup takes: not the last, of whose keys only the other one's queries see some."""
             if not halves:
                 return steps
             return steps - jnp.clip(jnp.where(warpgroup == 1, tile.skew, -tile.skew), 0, steps - 1)
 
-        def pass_turn(i, done):
-            """Let go of step i, and of a turn, as the other warpgroup takes one."""
-            let_go(done + i)
+        def pass_turn(step):
+            """Let go of a step, and of its turn, as the other warpgroup takes one."""
+            let_go(step)
             turn_is(TAKE_TURN)
             turn_is(GIVE_TURN)
-            return done
 
         def heads_of(tile: Tile):
             """(batch index, head) of the queries."""
@@ -319,10 +316,10 @@ def _forward_tiles(
             carry = acc, p, top, total, tile.peek(1)
             for i in range(1, 1 if partial_loop else masked_steps):
                 carry = step(jnp.minimum(steps, i), carry, hide=True)
-            own = own_end(tile, steps)
-            acc, p, top, total, _ = lax.fori_loop(i32(1 if partial_loop else masked_steps), own, step, carry)
+            taken = steps_taken(tile, steps)
+            acc, p, top, total, _ = lax.fori_loop(i32(1 if partial_loop else masked_steps), taken, step, carry)
 
-            before = lax.rem(done + own - 1, i32(stages))
+            before = lax.rem(done + taken - 1, i32(stages))
             # Read before the last product, as it is far away.
             spoilt = 0.0 if mask.contiguous is None else broken_ref[tile.batch if broken_ref.shape[0] > 1 else 0]
             following = ()
@@ -338,7 +335,9 @@ def _forward_tiles(
                 acc = added(acc, p, v_smem.at[before], options.interpret)
                 plgpu.barrier_arrive(v_free.at[before])
             finish(tile, mine, acc, top, total, spoilt)
-            done = (lax.fori_loop(own, steps, pass_turn, done) if halves else done) + steps
+            if halves:
+                lax.fori_loop(taken, steps, lambda i, _: pass_turn(done + i), None)
+            done += steps
             return (done, *following) if beside else done
 
         def finish(tile, mine, acc, top, total, spoilt):

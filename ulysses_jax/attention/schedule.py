@@ -14,23 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-__all__ = [
-    "PARTS_OF_DOCUMENTS",
-    "Order",
-    "busy",
-    "dealt",
-    "evened",
-    "in_order",
-    "last_round",
-    "multiprocessors",
-    "parts_of_group",
-    "spread",
-]
+__all__ = ["Order", "busy", "dealt", "evened", "in_order", "last_round", "multiprocessors", "parts_of_group", "spread"]
 
 WORTH = 40  # steps of 1.7 µs
 RISES = (0.0, 0.7, 1.5, 3.0, 8.0)  # powers: how many items, and how heavy tiles may grow towards a head's heaviest
 SHARED_L2 = 8 << 20  # bytes that the heads walked at one time may read over and over: fastest of 4 to 32 MB, of an H100's 50
-PARTS_OF_DOCUMENTS = 4  # of a head's keys a tile reads about one; with blocks it reads anywhere
+PARTS_OF_DOCUMENTS = 4  # of a head's keys, of which a tile reads about one
 EVENED = 256  # items of a block: with more what is dealt is even, and an exchange looks at the square of them
 
 

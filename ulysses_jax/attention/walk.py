@@ -39,8 +39,8 @@ i32 = jnp.int32
 class Walk(NamedTuple):
     """What the kernels read of a mask: for each tile the tiles to walk, and for each row the range it sees.
 
-    A block of threads works off one row of `items`, [blocks, items of a block, 8] int32, each the batch index, the head, the
-    tile, the first and end of its steps, two more, and the number of items. A cluster's two blocks share a row, of pairs of
+    A block of threads works off one row of `items`, [blocks, items of a block, 8 or 12] int32, each the batch index, the head,
+    the tile, the first and end of its steps, two more, and the number of items. A cluster's two blocks share a row, of pairs of
     tiles; where the last tiles are cut (`last_round`), the part stands for the batch index. Step i visits tile i, and the two
     more are the first and end of those tiles that hide nothing; or, with a block mask, a row of `lists`, whose entry i is
     (2 · tile + whether it hides nothing) · heads + head, of `heads` that walk one list, and the first entry of that row.
@@ -59,8 +59,8 @@ class Walk(NamedTuple):
     ) -> "Walk":
         """The walk of tiles of `tile` rows, each of which sees (first, end) [B or 1, rows], by steps of `step`, in this order.
 
-        `lists`: codes [1 or heads, 1 or B, tiles, width], and how many count [1 or heads, 1 or B, tiles]. `halves`: tell, of a
-        tile's two halves, which one begins to see later.
+        `lists`: codes [1 or heads, 1 or B, tiles, width], and how many count [1 or heads, 1 or B, tiles]. `halves`: tell by
+        how many tiles a tile's second half begins to see later than its first.
         """
         first, end = (pad(x.astype(i32), 1, tile) for x in rows)
         tiles = -(-rows[0].shape[1] // tile)
@@ -172,13 +172,15 @@ def _evaluated_if_known(mask: Mask):
     return contextlib.nullcontext() if traced else jax.ensure_compile_time_eval()
 
 
-def order_of_queries(weights: tuple[int, ...] | None, heads: int, tiles: int, key_bytes: int, left: int, cluster: int) -> Order:
+def order_of_queries(
+    weights: tuple[int, ...] | None, heads: int, tiles: int, key_bytes: int, left: int, cluster: int, listed: bool
+) -> Order:
     """How clusters of blocks share out the forward's tiles of queries but the last `left`; `weights` are their `steps_known`,
-    `key_bytes` of a head.
+    `key_bytes` of a head, which a tile reads anywhere if its tiles are `listed`.
     """
     if weights is None:
         if heads * tiles >= 4 * schedule.multiprocessors():
-            return spread(heads, tiles, key_bytes)
+            return spread(heads, tiles, key_bytes if listed else key_bytes // schedule.PARTS_OF_DOCUMENTS)
         return Order(in_order(heads, tiles, key_bytes, heaviest_last=True).reshape(-1, 1), known=False)
     return dealt(heads, tiles, key_bytes, weights, left, cluster)
 
