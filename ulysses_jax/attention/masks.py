@@ -121,14 +121,14 @@ class Mask:
 
     def live_keys(self) -> tuple[Array, Array]:
         """For each query the half-open range that holds all keys it sees: two of [B or 1, T] int32."""
-        left, right = self._reach()
+        left, right = self.reach()
         t = jnp.arange(self.query_length, dtype=jnp.int32)[None] + (0 if self.shift is None else self.shift)
         first, end = jnp.maximum(t - left, 0), jnp.minimum(t + right + 1, self.key_length)
         return _intersect((first, end), self.key_range)
 
     def live_queries(self) -> tuple[Array, Array]:
         """For each key the half-open range that holds all queries which see it: two of [B or 1, S] int32."""
-        left, right = self._reach()
+        left, right = self.reach()
         s = jnp.arange(self.key_length, dtype=jnp.int32)[None] - (0 if self.shift is None else self.shift)
         first, end = jnp.maximum(s - right, 0), jnp.minimum(s + left + 1, self.query_length)
         return _intersect((first, end), self.query_range)
@@ -168,7 +168,7 @@ class Mask:
     def _block(self) -> int:
         return 0 if self.blocks is None else self.blocks.block
 
-    def _reach(self) -> tuple[int, int]:
+    def reach(self) -> tuple[int, int]:
         """How far left and right of where it stands a query sees."""
         left, right = self.window or (FAR, FAR)
         return min(left, FAR), 0 if self.is_causal else min(right, FAR)

@@ -64,8 +64,7 @@ def splash_attention(
     """
     (T, N), S = q.shape[1:3], k.shape[1]
     tiles = _tile(T), _tile(S)
-    left, right = (min(side, FAR) for side in mask.window or (FAR, FAR))
-    options = _Options((T, S), tiles, (left, 0 if mask.is_causal else right), N, logits_soft_cap, interpret)
+    options = _Options((T, S), tiles, mask.reach(), N, logits_soft_cap, interpret)
     q = (scale * q.astype(jnp.float32)).astype(q.dtype)
     padded = [pad(x, 1, tile) for x, tile in zip((q, k, v), (*tiles, tiles[1]), strict=True)]
     ids = None

@@ -199,20 +199,16 @@ def steps_known(mask: Mask, tile: int, step: int, lists) -> tuple[int, ...] | No
     if lists is not None:
         counts = lists[1]
         return None if isinstance(counts, Tracer) else tuple(np.maximum(np.asarray(counts), 1).ravel().tolist())
-    left, right = mask.window or (mask.key_length + mask.query_length,) * 2
+    left, right = mask.reach()
     start = np.arange(0, mask.query_length, tile)
-    last = np.minimum(start + tile, mask.query_length) - 1 + (0 if mask.is_causal else right)
+    last = np.minimum(start + tile, mask.query_length) - 1 + right
     steps = np.minimum(last, mask.key_length - 1) // step - np.maximum(start - left, 0) // step + 1
     return tuple(np.maximum(steps, 1).tolist())
 
 
 def most_tiles(mask: Mask, step: int) -> int:
     """The most tiles of `step` keys of which a query can see some."""
-    tiles = -(-mask.key_length // step)
-    if mask.window is None:
-        return tiles
-    left, right = mask.window
-    return min(tiles, 1 + -(-(left + (0 if mask.is_causal else right)) // step))
+    return min(-(-mask.key_length // step), 1 + -(-sum(mask.reach()) // step))
 
 
 def hides_nothing(mask: Mask, T: int, S: int) -> bool:
