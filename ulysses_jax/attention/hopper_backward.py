@@ -187,9 +187,9 @@ def _in_16_bits(q: Array, mask: Mask) -> bool:
 def _unit(d_out, delta, k, v) -> Array:
     """What float16 counts each row of dQ / scale in, [B, N, T]: 8 (√H max |dO| · rms(v) + |delta|) · rms(k).
 
-    Then sums are finite in any case but the wildest, as |dP − delta| ≤ ‖dO‖ ‖v‖ + |delta| and P adds up to 1 at most: they are
-    below max(1, ‖v‖ / rms(v)) · max |k| / rms(k) / 8, of 65504. And of n keys alike they are about 0.05 / √n, where bits are
-    lost below 6e-5. The root mean squares are of a head's, over some of its tokens.
+    As |dP − delta| ≤ ‖dO‖ ‖v‖ + |delta|, and P adds up to 1 at most, sums are at most max(1, ‖v‖ / rms(v)) · max |k| / rms(k)
+    / 8, where float16 ends at 65504; of n keys alike they are about 0.05 / √n, and bits are lost below 6e-5. The root mean
+    squares are a head's, over some of its tokens: they set the scale, which may be wrong by orders of magnitude.
     """
     (S, K, H), N = k.shape[1:], d_out.shape[2]
     some = jnp.stack([x[:, :: max(1, S // SAMPLE)] for x in (k, v)]).astype(jnp.float32)
